@@ -1,0 +1,11 @@
+"""pennyweight: name a size, get the best network of that size, in a file that fits."""
+
+from . import compress as compress
+from .artifact import load, save
+from .compress.plan import Plan
+from .compress.shrink import plan, shrink
+from .registry import methods
+
+__version__ = "0.1.0"
+
+__all__ = ["Plan", "load", "methods", "plan", "save", "shrink"]

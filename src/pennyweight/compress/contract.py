@@ -1,0 +1,134 @@
+"""What a compressor is asked and what it answers: `LayerView` in, `Candidate`s out."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..formats import PackedWeight
+
+
+@dataclass
+class LayerView:
+    """One weight as a matrix, and what is known of its surroundings.
+
+    name: the parameter's name in the model's state dict.
+    weight: float32 [rows, cols]; a row makes one output (Linear, Conv, recurrent) or is one table entry (Embedding).
+        Convolutions are [out, in/groups * kernel].
+    hessian: float64 [groups, cols, cols], the metric of a row's error. For a Linear it is X^T X / n, the second moment
+        of the inputs; for grouped convolutions one per group (rows are split evenly over the groups, in order); for an
+        Embedding it is the second moment of the loss gradient at the layer's output (identity where unknown).
+    row_weight: float64 [rows], how much a row's error counts: sensitivity of the loss to that output for a Linear,
+        (smoothed) use frequency for an Embedding; ones where unknown.
+    kind: linear, conv, embedding or recurrent.
+    measure: optional, the distortion of a replaced weight measured on the model's output (rd-prune's curves).
+    """
+
+    name: str
+    weight: Tensor
+    hessian: Tensor
+    row_weight: Tensor
+    kind: str = "linear"
+    measure: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.hessian.shape[0]
+
+    @property
+    def column_weight(self) -> Tensor:
+        """float64 [cols]: the diagonal of the metric, averaged over groups. Never all zero."""
+        d = self.hessian.diagonal(dim1=-2, dim2=-1).mean(0)
+        return d if bool((d > 0).any()) else torch.ones_like(d)
+
+    def distortion(self, decoded: Tensor) -> float:
+        """sum_r row_weight[r] * e_r H e_r^T with e = decoded - weight; the same units for every kind of candidate."""
+        error = (decoded.to(torch.float32) - self.weight).view(self.groups, -1, self.cols)
+        h = self.hessian.to(torch.float32)
+        per_row = (torch.matmul(error, h) * error).sum(-1).reshape(-1).double()
+        return float((per_row * self.row_weight).sum().clamp_min(0))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a compressor offers for one layer.
+
+    method, options: enough to make it again (`compressor(method).compress(layer, **options)`); options are plain
+        YAML values. nbytes: bytes of the packed weight on disk (exact, unless the layer was judged by a sample of its
+        rows, see `sample_rows`). distortion: `LayerView.distortion` of the decoded weight.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    nbytes: int
+    distortion: float
+
+    @property
+    def label(self) -> str:
+        """Short text for tables: "gptq int b=3 g=64"."""
+        return " ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
+
+
+class Compressor(ABC):
+    """Base of all post-training methods. Subclasses register under `acts_on="compress"` and define two functions."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def offers(self, layer: LayerView) -> list[dict[str, Any]]:
+        """The option sets this method proposes for the layer (cheapest settings to richest); [] if it cannot act."""
+
+    @abstractmethod
+    def compress(self, layer: LayerView, **options: Any) -> PackedWeight:
+        """Make the packed weight for one option set. Deterministic. Does not change the layer."""
+
+    def candidates(self, layer: LayerView) -> Iterator[Candidate]:
+        """Every offer, carried out. Methods that can share work between offers override this."""
+        for options in self.offers(layer):
+            yield self.candidate(layer, options, self.compress(layer, **options))
+
+    def candidate(self, layer: LayerView, options: Mapping[str, Any], packed: PackedWeight) -> Candidate:
+        return Candidate(self.name, dict(options), packed.nbytes, layer.distortion(packed.decode()))
+
+    def fit(self, layer: LayerView, options: Mapping[str, Any], nbytes: int) -> tuple[PackedWeight, dict[str, Any]]:
+        """Compress towards `nbytes`. Methods with a continuous knob turn it; the others ignore the target.
+
+        Returns the packed weight and the options that make it again.
+        """
+        del nbytes
+        return self.compress(layer, **options), dict(options)
+
+
+def compressor(name: str) -> Compressor:
+    """The registered compressor of that name; raises `UnknownNameError` with the close matches."""
+    return registry.get(name, "compress").target()
+
+
+def sample_rows(layer: LayerView, values: int) -> tuple[LayerView, float]:
+    """The layer cut down to about `values` weights, every n-th row, and how much larger the whole is.
+
+    Offers for a big table are priced on such a sample: rows are many and alike, and the plan only needs their average.
+    """
+    stride = layer.weight.numel() // max(values, 1)
+    if stride <= 1 or layer.groups > 1 or layer.rows // stride < 256:
+        return layer, 1.0
+    part = dataclasses.replace(
+        layer, weight=layer.weight[::stride].contiguous(), row_weight=layer.row_weight[::stride].contiguous(), measure=None
+    )
+    return part, layer.rows / part.rows

@@ -1,0 +1,160 @@
+"""GPTQ on an unbounded uniform grid whose codes are entropy-coded.
+
+GPTQ's error feedback (2210.17323) does not care for the grid. Fixed-width integers spend b bits on every weight and 0.25-0.5 more on
+group scales; a plain uniform grid followed by an ideal entropy coder spends close to the least there is (within 0.25 bit a weight of the
+rate-distortion bound at high rates, less at low ones: Gish and Pierce 1968), and any size can be had by turning one knob, the step:
+
+    value = code * step * rms(W) * row[r] * column[j],      code any integer, range-coded
+
+High-rate theory sets the multipliers. Column j contributes step^2/12 * column[j]^2 * d_j to a row's error, d_j = 1/U_jj^2 being what error
+feedback leaves of H_jj; the sum is least, at a given rate, when all terms are equal: column[j] ~ d_j^-1/2. In the same way row[r] ~
+row_weight[r]^-1/2: outputs the model is sensitive to, or words that occur often, get a finer grid. (`columns=False` drops column[j]: small layers
+cannot pay for it.) Multipliers have geometric mean one. One `step` for all layers of equal d would be the optimum of a whole model; the planner finds it.
+
+At low rates reconstruction in the middle of a cell is too far out (the density falls off), so +-1, +-2, ... are decoded to fitted centroids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import Integer, PackedWeight
+from ..registry import register
+from .contract import Candidate, Compressor, LayerView
+from .error_feedback import Factor, by_group, feedback_uniform
+
+#: Steps in units of the weight's root mean square: from next to nothing (6) to half precision's own accuracy (0.006).
+STEPS = (6.0, 4.2, 3.0, 2.2, 1.6, 1.15, 0.8, 0.5, 0.28, 0.12, 0.03, 0.006)
+
+#: A row's (column's) grid is at most this many times coarser or finer than the layer's: the theory ends where codes are all zero.
+SPREAD = 8.0
+
+_CHUNK_VALUES = 1 << 22
+
+
+def multipliers(weight: Tensor) -> Tensor:
+    """weight^-1/2 with geometric mean one, within a factor `SPREAD`; dead entries (weight 0) get the coarsest grid."""
+    alive = weight > 0
+    if not bool(alive.any()):
+        return torch.ones_like(weight, dtype=torch.float32)
+    log = -0.5 * torch.log(torch.where(alive, weight, weight[alive].min()).double())
+    log = (log - log[alive].mean()).clamp(-math.log(SPREAD), math.log(SPREAD))
+    return log.exp().float()
+
+
+@register(
+    "entropy-gptq",
+    acts_on="compress",
+    paper="2210.17323",
+    description="error feedback on a uniform grid of any step, codes range-coded: any size",
+    combines_with=("recover",),
+)
+class EntropyGPTQ(Compressor):
+    """Options: step (units of the weight's rms; half the step costs one more bit a weight), columns, damping."""
+
+    name = "entropy-gptq"
+
+    def offers(self, layer: LayerView) -> list[dict[str, Any]]:
+        choices = (True, False) if layer.rows * layer.cols < 65536 else (True,)
+        if layer.groups > 1:
+            choices = (False,)
+        return [{"step": step, "columns": columns} for columns in choices for step in STEPS]
+
+    def candidates(self, layer: LayerView) -> Iterator[Candidate]:
+        factors = list(by_group(layer, 0.01, True))
+        offers = self.offers(layer)
+        for columns in sorted({o["columns"] for o in offers}):
+            steps = [o["step"] for o in offers if o["columns"] == columns]
+            for step, packed in zip(steps, self._ladder(layer, factors, steps, columns)):
+                yield self.candidate(layer, {"step": step, "columns": columns}, packed)
+
+    def compress(
+        self, layer: LayerView, *, step: float, columns: bool = True, damping: float = 0.01
+    ) -> PackedWeight:
+        return next(self._ladder(layer, list(by_group(layer, damping, True)), [step], columns))
+
+    def fit(
+        self, layer: LayerView, options: dict[str, Any], nbytes: int, tolerance: float = 0.003
+    ) -> tuple[PackedWeight, dict[str, Any]]:
+        """The finest grid found whose blob has at most `nbytes` (and at least 1 - tolerance of it where reachable)."""
+        columns, damping = options.get("columns", True), options.get("damping", 0.01)
+        factors = list(by_group(layer, damping, True))
+        step, best = float(options["step"]), None
+        under: tuple[float, float] | None = None  # (log step, log bytes) on either side of the target
+        over: tuple[float, float] | None = None
+        for _ in range(7):
+            packed = next(self._ladder(layer, factors, [step], columns))
+            point = math.log(step), math.log(packed.nbytes)
+            if packed.nbytes <= nbytes:
+                under = point
+                if best is None or packed.nbytes > best[0].nbytes:
+                    best = packed, step
+                if packed.nbytes >= (1 - tolerance) * nbytes:
+                    break
+            else:
+                over = point
+            target = math.log(nbytes * (1 - tolerance / 2))
+            if under and over:
+                share = (target - under[1]) / (over[1] - under[1])
+                step = math.exp(under[0] + min(max(share, 0.05), 0.95) * (over[0] - under[0]))
+            else:  # one more bit for half the step; at low rates somewhat less
+                bits = packed.nbytes * 8 / layer.weight.numel()
+                move = (target - point[1]) * bits * math.log(2) / (1.0 if bits > 2 else 0.7)
+                step = math.exp(point[0] - max(-0.5, min(0.5, move)))
+        if best is None:
+            return packed, {**options, "step": step}
+        return best[0], {**options, "step": best[1]}
+
+    def _ladder(
+        self, layer: LayerView, factors: list[tuple[slice, Factor]], steps: list[float], columns: bool
+    ) -> Iterator[PackedWeight]:
+        """One packed weight a step. Small layers go through the column loop with all their steps stacked as rows."""
+        rows, cols = layer.weight.shape
+        unit = float(layer.weight.double().pow(2).mean().sqrt())
+        column = torch.ones(cols)
+        if columns and layer.groups == 1:
+            column = multipliers(factors[0][1].conditional_variance.double().masked_fill(factors[0][1].dead, 0))
+            column = Integer.round_scale(column, "log8")
+        row = multipliers(layer.row_weight)
+        if not unit:
+            unit = 1.0
+        together = max(1, _CHUNK_VALUES // max(1, rows * cols))
+        for first in range(0, len(steps), together):
+            ladder = steps[first : first + together]
+            scales = [Integer.round_scale((row * (unit * step))[:, None], "log8")[:, 0] for step in ladder]
+            codes = self._codes(layer, factors, scales, column)
+            for code, scale in zip(codes, scales):
+                yield _pack(layer, code, scale, column, columns and layer.groups == 1)
+
+    def _codes(
+        self, layer: LayerView, factors: list[tuple[slice, Factor]], scales: list[Tensor], column: Tensor
+    ) -> Tensor:
+        """int16 [steps, rows, cols]."""
+        rows, cols = layer.weight.shape
+        codes = torch.empty((len(scales), rows, cols), dtype=torch.int16)
+        for group_rows, factor in factors:
+            step = max(1, _CHUNK_VALUES // (cols * len(scales)))
+            for first in range(group_rows.start, group_rows.stop, step):
+                part = slice(first, min(first + step, group_rows.stop))
+                stacked = layer.weight[part].repeat(len(scales), 1)
+                row = torch.cat([s[part] for s in scales])
+                codes[:, part] = feedback_uniform(stacked, factor, row, column).view(len(scales), -1, cols)
+        return codes
+
+
+def _pack(layer: LayerView, codes: Tensor, scale: Tensor, column: Tensor, columns: bool) -> PackedWeight:
+    largest = max(int(codes.max()), -int(codes.min()) - 1, 0) if codes.numel() else 0
+    bits = max(1, largest.bit_length() + 1)
+    return Integer.from_codes(
+        codes,
+        scale[:, None],
+        bits=bits,
+        group=0,
+        scale_coding="log8",
+        column_scale=column if columns else None,
+    )

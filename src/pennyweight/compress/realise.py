@@ -1,0 +1,250 @@
+"""Carry out a plan: compress the layers in order, each on the inputs that the already compressed ones produce.
+
+The model and its reference run over the calibration data side by side (lockstep.py). When all batches stand before a layer with
+weight W and bias b, x the reference's inputs and x~ the compressed model's, both centred on their means m and m~,
+
+    target   V = W (C + k H) (H~ + k H)^-1,   C = sum s x x~^T,  H~ = sum s x~ x~^T,  H = sum s x x^T   (least squares: V x~ ~ W x)
+    pack     the layer's method, with weight V and metric H~
+    bias     b + W m - V^ m~, V^ being the packed weight decoded, so that the output keeps its mean
+
+so a layer also mends what its predecessors did (the asymmetric calibration of GPTAQ, 2504.02692, in closed form; k = `RIDGE` keeps V near W where data
+is short). s are the position weights of observe.py. LayerNorms are mended on leaving: weight and bias that best map the
+output onto the reference's, channel by channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import PackedWeight, Split
+from ..layers.sites import WeightSite
+from .capture import input_rows, is_observable
+from .contract import Compressor, LayerView, compressor
+from .data import Call
+from .lockstep import Halt, lockstep
+from .observe import Observation, evaluating
+from .plan import Choice, Plan
+
+#: Share of the reference's second moment added on both sides of the least squares problem.
+RIDGE = 0.1
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass
+class Realised:
+    """packed: by site name. choices: as carried out (options as settled, real bytes and distortions). views: of the layers
+    asked to be kept."""
+
+    packed: dict[str, PackedWeight]
+    choices: dict[str, Choice]
+    views: dict[str, LayerView]
+
+
+@torch.no_grad()
+def realise(
+    model: nn.Module,
+    reference: nn.Module,
+    batches: Sequence[Call],
+    sites: Sequence[WeightSite],
+    plan: Plan,
+    observation: Observation,
+    *,
+    sequential: bool = True,
+    keep: Sequence[str] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> Realised:
+    """Compress `model` in place (its parameters get the decoded weights) and return the packed weights.
+
+    model, reference: the same network twice. sequential=False, no batches, and layers the data never reaches: the layer is
+    packed on what `observation` knows, its bias is left alone. keep: names of sites whose final views are wanted.
+    """
+    done = Realised({}, {}, {})
+    by_module: dict[str, list[WeightSite]] = {}
+    for site in sites:
+        by_module.setdefault(site.module_name, []).append(site)
+
+    def finish(site: WeightSite, view: LayerView) -> Tensor:
+        choice = plan.choices[site.name]
+        packed, options = pack(view, choice)
+        decoded = packed.decode()
+        site.parameter.copy_(site.to_parameter(decoded))
+        done.packed[site.name] = packed
+        original = dataclasses.replace(observation.views[site.name], weight=site_reference[site.name].matrix())
+        done.choices[site.name] = Choice(
+            choice.method,
+            options,
+            packed.nbytes,
+            original.distortion(decoded),
+            choice.split if isinstance(packed, Split) else None,
+        )
+        if site.name in keep:
+            done.views[site.name] = view
+        progress("compress", len(done.packed), len(sites))
+        return decoded
+
+    site_reference = {s.name: dataclasses.replace(s, parameter=reference.get_parameter(s.name)) for s in sites}
+    if sequential and batches:
+        norms = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and m.elementwise_affine]
+        visited: set[str] = set()
+        with evaluating(model), evaluating(reference):
+            ours = lockstep(model, batches, list(by_module), norms)
+            theirs = lockstep(reference, batches, list(by_module), norms)
+            for here, there in zip(ours, theirs):
+                if here.module in visited or here.module != there.module or here.batches != there.batches:
+                    continue
+                visited.add(here.module)
+                if here.outputs is not None:
+                    _mend_norm(model.get_submodule(here.module), here, there, observation)
+                    continue
+                for site in by_module[here.module]:
+                    _compress_at(site, here, there, observation, finish)
+    for site in sites:
+        if site.name not in done.packed:
+            finish(site, observation.views[site.name])
+    return done
+
+
+def pack(view: LayerView, choice: Choice) -> tuple[PackedWeight, dict[str, Any]]:
+    """Make one layer's packed weight as its plan line says; towards the planned bytes where the method has a knob for it."""
+    method = compressor(choice.method)
+    split = choice.split
+    if choice.nbytes is not None and is_adjustable(choice.method) and (split is None or is_adjustable(split.method)):
+        return method.fit(view, choice.options, choice.nbytes)
+    if split is None:
+        return method.compress(view, **choice.options), dict(choice.options)
+    return split_rows(view, choice, round(split.fraction * view.rows)), dict(choice.options)
+
+
+def split_rows(view: LayerView, choice: Choice, second_rows: int) -> PackedWeight:
+    """The `second_rows` rows that count most by the split's method, the others by the first."""
+    assert choice.split is not None
+    loss = view.row_weight * view.weight.double().pow(2).sum(1)
+    take = torch.zeros(view.rows, dtype=torch.bool)
+    take[torch.argsort(loss, descending=True, stable=True)[:second_rows]] = True
+    parts = [
+        compressor(method).compress(_rows_of(view, rows), **options)
+        for method, options, rows in ((choice.method, choice.options, ~take), (choice.split.method, choice.split.options, take))
+    ]
+    return Split.from_parts(take, *parts)
+
+
+def _rows_of(view: LayerView, rows: Tensor) -> LayerView:
+    return dataclasses.replace(view, weight=view.weight[rows].contiguous(), row_weight=view.row_weight[rows])
+
+
+def is_adjustable(method: str) -> bool:
+    """Whether the method has a knob that reaches any size."""
+    return type(compressor(method)).fit is not Compressor.fit
+
+
+def _compress_at(
+    site: WeightSite, here: Halt, there: Halt, observation: Observation, finish: Callable[[WeightSite, LayerView], Tensor]
+) -> None:
+    """Pack one site of the module all batches are about to enter."""
+    view = observation.views[site.name]
+    moments = None
+    if site.kind != "embedding" and is_observable(site) and site.name in observation.reached:
+        moments = _moments(site, here, there, observation)
+    if moments is None:
+        finish(site, view)
+        return
+    weight = view.weight.double().view(site.groups, -1, view.cols)
+    target = moments.target(weight)
+    decoded = finish(site, dataclasses.replace(view, weight=target.float().reshape(view.weight.shape), hessian=moments.ours))
+    bias = getattr(site.module, "bias", None)
+    if isinstance(bias, nn.Parameter) and site.attribute == "weight" and bias.numel() == view.rows:
+        shift = torch.einsum("gri,gi->gr", weight, moments.their_mean) - torch.einsum(
+            "gri,gi->gr", decoded.double().view_as(weight), moments.our_mean
+        )
+        bias += shift.reshape(-1).to(bias)
+
+
+@dataclasses.dataclass
+class _Pair:
+    """Weighted moments of the compressed model's inputs (ours) and the reference's (theirs): float64 [groups, ...]."""
+
+    ours: Tensor
+    theirs: Tensor
+    cross: Tensor
+    our_mean: Tensor
+    their_mean: Tensor
+
+    def target(self, weight: Tensor) -> Tensor:
+        """V [groups, rows, cols] of the module docstring; W itself where the moments are too poor to solve for it."""
+        cols = weight.shape[-1]
+        ridge = RIDGE * self.theirs
+        eye = torch.eye(cols, dtype=torch.float64) * (1e-4 * self.ours.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None]
+        left = self.ours + ridge + eye
+        factor, failed = torch.linalg.cholesky_ex(left)
+        if int(failed.max()):
+            return weight
+        right = torch.matmul(weight, self.cross + ridge + eye)
+        return torch.cholesky_solve(right.transpose(1, 2), factor).transpose(1, 2)
+
+
+def _moments(site: WeightSite, here: Halt, there: Halt, observation: Observation) -> _Pair | None:
+    cols, groups = site.view.matrix_shape[1], site.groups
+    square = [torch.zeros(groups, cols, cols, dtype=torch.float64) for _ in range(3)]
+    sums = [torch.zeros(groups, cols, dtype=torch.float64) for _ in range(2)]
+    total = 0.0
+    for batch, ours, theirs in zip(here.batches, here.inputs, there.inputs):
+        weight = observation.position_weight.get((site.module_name, batch, 0))
+        at = 0
+        for (x, _), (y, _) in zip(input_rows(site, ours), input_rows(site, theirs)):
+            n = x.shape[1]
+            s = torch.ones(n) if weight is None else weight[at : at + n].float()
+            at += n
+            weighted = x * s[None, :, None]
+            square[0] += torch.matmul(weighted.transpose(1, 2), x).double()
+            square[1] += torch.matmul((y * s[None, :, None]).transpose(1, 2), y).double()
+            square[2] += torch.matmul((y * s[None, :, None]).transpose(1, 2), x).double()
+            sums[0] += weighted.sum(1).double()
+            sums[1] += (y * s[None, :, None]).sum(1).double()
+            total += float(s.sum())
+    if total <= 0:
+        return None
+    mine, their = sums[0] / total, sums[1] / total
+    if not isinstance(getattr(site.module, "bias", None), nn.Parameter) or site.attribute != "weight":
+        mine, their = torch.zeros_like(mine), torch.zeros_like(their)  # no bias to take up the means: nothing is centred
+    outer = lambda a, b: a[:, :, None] * b[:, None, :]  # noqa: E731
+    return _Pair(
+        square[0] / total - outer(mine, mine),
+        square[1] / total - outer(their, their),
+        square[2] / total - outer(their, mine),
+        mine,
+        their,
+    )
+
+
+def _mend_norm(norm: nn.Module, here: Halt, there: Halt, observation: Observation) -> None:
+    """Channel by channel, the weight and bias with which the norm's output is nearest to the reference's; in place.
+
+    Sums are weighted by the sensitivity of each position; the parked batches go on with the mended outputs.
+    """
+    assert isinstance(norm, nn.LayerNorm) and here.outputs is not None and there.outputs is not None
+    sums = torch.zeros(5, norm.weight.numel(), dtype=torch.float64)
+    for batch, ours, theirs in zip(here.batches, here.outputs, there.outputs):
+        x, y = (t.reshape(-1, norm.weight.numel()).double() for t in (ours, theirs))
+        s = observation.position_weight.get((here.module, batch, 0))
+        s = torch.ones(len(x), 1, dtype=torch.float64) if s is None else s.double()[:, None]
+        sums += torch.stack([s.sum().expand(x.shape[1]), (s * x).sum(0), (s * y).sum(0), (s * x * x).sum(0), (s * x * y).sum(0)])
+    total, x, y, xx, xy = sums
+    if float(total[0]) <= 0:
+        return
+    x, y = x / total, y / total
+    variance, covariance = xx / total - x * x, xy / total - x * y
+    slope = torch.where(variance > 1e-12, covariance / variance.clamp_min(1e-12), 1.0).clamp(0.5, 2.0)
+    shift = (y - slope * x).view_as(norm.weight)
+    slope = slope.view_as(norm.weight)
+    norm.weight.mul_(slope.to(norm.weight))
+    if norm.bias is not None:
+        norm.bias.copy_((norm.bias.double() * slope + shift).to(norm.bias))
+        here.outputs = [(t.double() * slope + shift).to(t) for t in here.outputs]
+    else:
+        here.outputs = [(t.double() * slope).to(t) for t in here.outputs]

@@ -1,0 +1,322 @@
+"""plan and shrink: name a size, get the best network of that size.
+
+    plan   = pw.plan(model, size="7MB", data=batches)      # a dry run
+    small  = pw.shrink(model, size="7MB", data=batches)    # or bits=2.0, ratio=12, plan=plan
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import registry
+from ..bundle import predict_bytes, round_to_stored
+from ..errors import BudgetError, DataError, PennyweightWarning, PlanError, UnknownNameError, WeightError, warn
+from ..formats import PackedWeight
+from ..layers.packed import install, packed_blobs
+from ..layers.sites import WeightSite, weight_sites
+from .allocate import allocate
+from .budget import Budget
+from .contract import Candidate, LayerView, compressor, sample_rows
+from .data import Call, Output, calls, output_tensor
+from .norms import fold_batch_norm
+from .observe import Loss, Observation, observe, weight_only_view
+from .plan import Choice, LayerInfo, Plan
+from .realise import Realised, is_adjustable, pack, realise, split_rows
+
+#: What competes by default, and what a preset allows.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "balanced": ("dense", "entropy-gptq", "svd", "rd-prune"),
+    "smallest": ("dense", "entropy-gptq", "gptq", "rtn", "binary", "codebook", "svd", "rd-prune", "adaquant"),
+    "no-data": ("dense", "entropy-gptq", "rtn", "binary", "codebook", "rd-prune"),
+}
+
+#: Layers larger than this are priced on a sample of their rows.
+SAMPLE_VALUES = 1 << 17
+
+#: A plan aims this much below the budget where blobs may come out larger than planned; settling spends it afterwards.
+_SETTLE_ROUNDS = 6
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclasses.dataclass
+class Record:
+    """What is known of a shrunk model: kept on it for report and save.
+
+    plan: as carried out, with real bytes. planned: as planned. frontier lies in the plan. original_bytes: fp32 weights.
+    recovered: loss before and after recovery, if any.
+    """
+
+    plan: Plan
+    size: int
+    views: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    recovered: tuple[float, float] | None = None
+    activations: int | None = None
+
+
+@dataclasses.dataclass
+class _Job:
+    """A model prepared for compression: a folded copy, its sites, the data as calls, and the model's bytes."""
+
+    model: nn.Module
+    sites: list[WeightSite]
+    batches: list[Call]
+    parameters: int
+    original_bytes: int
+
+    def overhead(self) -> int:
+        """Bytes of the files that are not blobs, for blobs of about the sizes to come."""
+        sizes = {site.name: site.parameter.numel() for site in self.sites}
+        return predict_bytes(self.model, sizes) - sum(sizes.values())
+
+
+def plan(
+    model: nn.Module,
+    *,
+    size: int | str | None = None,
+    bits: float | None = None,
+    ratio: float | None = None,
+    data: Any = None,
+    methods: Sequence[str] | None = None,
+    preset: str = "balanced",
+    distortion: str = "output",
+    loss: Loss | None = None,
+    output: Output = output_tensor,
+    solver: str = "hull",
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> Plan:
+    """A dry run: what each layer would become, the size, the expected distortion, the whole frontier.
+
+    One of size ("7MB", bytes), bits (average per parameter, everything counted) and ratio names the budget of the
+    written files (model.safetensors and config.json). data: calibration batches (see `calls`), None for data-free.
+    methods: names that may compete (see `pennyweight methods`); preset: a list of them. distortion: "output", "loss" or
+    "layer" (see `observe`). output: function(result, call) -> tensor, what of the model's output matters.
+    The model is not changed. Raises BudgetError, DataError, WeightError, UnknownNameError.
+    """
+    job = _prepare(model, data)
+    observation = _observe(job, distortion, loss, output, seed, progress)
+    offers = _offers(job, observation, _methods(methods, preset, job), progress)
+    budget = _budget(job, size, bits, ratio)
+    return _allocate(job, observation, offers, budget, solver, seed)
+
+
+def shrink(
+    model: nn.Module,
+    *,
+    size: int | str | None = None,
+    bits: float | None = None,
+    ratio: float | None = None,
+    plan: Plan | None = None,
+    data: Any = None,
+    methods: Sequence[str] | None = None,
+    preset: str = "balanced",
+    distortion: str = "output",
+    loss: Loss | None = None,
+    output: Output = output_tensor,
+    solver: str = "hull",
+    sequential: bool = True,
+    recover: int = 0,
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> nn.Module:
+    """The best network of a size: a packed copy of the model whose saved files fit the budget and use at least 99 % of it.
+
+    Arguments as for `plan`; or plan=, a (perhaps edited) plan to carry out. sequential: recalibrate each layer on inputs
+    from the layers already compressed. recover: optimizer steps of label-free distillation against the original.
+    Raises BudgetError (with the smallest reachable size), DataError, WeightError, PlanError, UnknownNameError.
+    """
+    job = _prepare(model, data)
+    reference = copy.deepcopy(job.model)
+    observation = _observe(job, distortion, loss, output, seed, progress)
+    if plan is None:
+        offers = _offers(job, observation, _methods(methods, preset, job), progress)
+        plan = _allocate(job, observation, offers, _budget(job, size, bits, ratio), solver, seed)
+    else:
+        plan = _adopt(plan, job, size, bits, ratio)
+    largest = _knob(plan, job.sites)
+    done = realise(
+        job.model,
+        reference,
+        job.batches,
+        job.sites,
+        plan,
+        observation,
+        sequential=sequential and distortion != "layer",
+        keep=[largest] if largest else [],
+        progress=progress,
+    )
+    recovered = None
+    if recover:
+        from .recover import recover as distil
+
+        recovered = distil(
+            job.model, reference, job.batches, job.sites, done, plan.budget, output=output, steps=recover, seed=seed, progress=progress
+        )
+    size_now = _settle(job, observation, plan, done, largest, recovered is not None)
+    round_to_stored(job.model)
+    small = install(job.model, done.packed)
+    final = dataclasses.replace(plan, choices={s.name: done.choices[s.name] for s in job.sites})
+    small._pennyweight = Record(final, size_now, recovered=recovered)  # type: ignore[assignment]
+    return small
+
+
+def _prepare(model: nn.Module, data: Any) -> _Job:
+    if packed_blobs(model):
+        raise WeightError("the model is packed already; shrink the original (unpacked) model instead")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise WeightError(f"{name} holds NaN or infinite values; mend the checkpoint first")
+    parameters = sum(p.numel() for p in model.parameters())
+    original = sum(t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+    copied = copy.deepcopy(model).eval()
+    batches = calls(copied, data) if data is not None else []
+    if batches:
+        fold_batch_norm(copied, batches[0])
+    sites = weight_sites(copied)
+    if not sites:
+        raise WeightError(f"{type(model).__name__} has no weight that can be packed (Linear, Embedding, convolution, recurrent)")
+    return _Job(copied, sites, batches, parameters, original)
+
+
+def _observe(
+    job: _Job, distortion: str, loss: Loss | None, output: Output, seed: int, progress: Progress
+) -> Observation:
+    if not job.batches:
+        views = {site.name: weight_only_view(site) for site in job.sites}
+        return Observation(views, set(views))
+    seen = observe(
+        job.model, job.batches, job.sites, distortion=distortion, loss=loss, output=output, seed=seed,
+        progress=lambda i, n: progress("observe", i, n),
+    )
+    for site in job.sites:
+        if site.name not in seen.reached:
+            warn(f"{site.name} is never reached by the calibration data and stays in half precision")
+        elif not bool((seen.views[site.name].row_weight > 0).any()):
+            warn(f"{site.name} has no influence on the model's output and is stored as small as possible")
+    return seen
+
+
+def _methods(methods: Sequence[str] | None, preset: str, job: _Job) -> list[str]:
+    if methods is None:
+        if preset not in PRESETS:
+            raise UnknownNameError("preset", preset, PRESETS)
+        methods = PRESETS[preset if job.batches else "no-data"]
+    for name in methods:
+        registry.get(name, "compress")
+    return list(dict.fromkeys([*methods, "dense"]))
+
+
+def _offers(
+    job: _Job, observation: Observation, methods: Sequence[str], progress: Progress
+) -> dict[str, list[Candidate]]:
+    offers: dict[str, list[Candidate]] = {}
+    for i, site in enumerate(job.sites):
+        view = observation.views[site.name]
+        part, factor = sample_rows(view, SAMPLE_VALUES)
+        wanted = methods if site.name in observation.reached else ["dense"]
+        found = [c for name in wanted for c in compressor(name).candidates(part)]
+        if factor != 1.0:
+            found = [
+                dataclasses.replace(c, nbytes=math.ceil(c.nbytes * factor), distortion=c.distortion * factor) for c in found
+            ]
+        offers[site.name] = [c for c in found if math.isfinite(c.distortion)]
+        progress("offers", i + 1, len(job.sites))
+    return offers
+
+
+def _budget(job: _Job, size: int | str | None, bits: float | None, ratio: float | None) -> int:
+    return Budget.parse(size, bits, ratio, n_parameters=job.parameters, original_bytes=job.original_bytes)
+
+
+def _allocate(
+    job: _Job,
+    observation: Observation,
+    offers: Mapping[str, list[Candidate]],
+    budget: int,
+    solver: str,
+    seed: int,
+) -> Plan:
+    rows = {site.name: site.view.matrix_shape[0] for site in job.sites}
+    plan = allocate(offers, budget, job.overhead(), solver, rows=rows)
+    plan.original_bytes, plan.seed = job.original_bytes, seed
+    plan.layers = {
+        site.name: LayerInfo(
+            tuple(site.parameter.shape),
+            site.kind,
+            site.parameter.numel() * site.parameter.element_size(),
+            float(observation.views[site.name].row_weight.sum()),
+        )
+        for site in job.sites
+    }
+    return plan
+
+
+def _adopt(plan: Plan, job: _Job, size: int | str | None, bits: float | None, ratio: float | None) -> Plan:
+    """A plan given by the user, checked against the model; a budget given beside it replaces the plan's."""
+    plan.validate([site.name for site in job.sites], [entry.name for entry in registry.methods("compress")])
+    if any(value is not None for value in (size, bits, ratio)):
+        plan = dataclasses.replace(plan, budget=_budget(job, size, bits, ratio))
+    return plan
+
+
+def _knob(plan: Plan, sites: Sequence[WeightSite]) -> str | None:
+    """The layer whose size is settled last: the one with most bytes among those that can take any size."""
+    adjustable = [
+        (plan.choices[s.name].nbytes or 0, s.name) for s in sites if is_adjustable(plan.choices[s.name].method)
+    ]
+    return max(adjustable)[1] if adjustable else None
+
+
+def _settle(
+    job: _Job, observation: Observation, plan: Plan, done: Realised, knob: str | None, exact: bool
+) -> int:
+    """Bring the files to the budget: never above it, and not more than a fraction of a percent below. Returns their size."""
+    sites = {site.name: site for site in job.sites}
+
+    def total() -> int:
+        return predict_bytes(job.model, {name: packed.nbytes for name, packed in done.packed.items()})
+
+    budget = plan.budget
+    if budget is None:
+        return total()
+    for _ in range(_SETTLE_ROUNDS):
+        slack = budget - total()
+        if 0 <= slack <= max(0.002 * budget, 16):
+            break
+        if knob is None or (exact and slack >= 0):
+            break
+        name, view = knob, done.views[knob]
+        choice = done.choices[name]
+        assert choice.nbytes is not None
+        wanted = dataclasses.replace(choice, nbytes=choice.nbytes + slack - (2 if slack < 0 else 0), split=None)
+        if wanted.nbytes is None or wanted.nbytes < 16:
+            break
+        packed, options = pack(view, wanted)
+        if slack > 0 and packed.nbytes <= choice.nbytes:
+            break
+        decoded = packed.decode()
+        with torch.no_grad():
+            sites[name].parameter.copy_(sites[name].to_parameter(decoded))
+        done.packed[name] = packed
+        done.choices[name] = dataclasses.replace(
+            choice, options=options, nbytes=packed.nbytes, distortion=observation.views[name].distortion(decoded), split=None
+        )
+    size = total()
+    if size > budget:
+        raise BudgetError(
+            f"the layers came out at {size:,} bytes, over the budget of {budget:,}, and none of the chosen methods has a knob; "
+            "allow entropy-gptq or raise the budget"
+        )
+    return size

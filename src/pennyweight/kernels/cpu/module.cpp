@@ -1,0 +1,39 @@
+// pennyweight.kernels._cpu: compiled twins of reference code. Tensors cross as DLPack arrays; no PyTorch ABI.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include "feedback.h"
+
+namespace nb = nanobind;
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Strided = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using Errors = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<std::int16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+static void feedback_block(Strided work, Strided upper, Vector row, Vector column, Codes codes, Errors errors, unsigned threads) {
+    const std::size_t rows = work.shape(0), width = work.shape(1);
+    const bool fits = width <= pennyweight::max_width && upper.shape(0) == width && upper.shape(1) == width &&
+                      row.shape(0) == rows && column.shape(0) == width && codes.shape(0) == rows &&
+                      codes.shape(1) == width && errors.shape(0) == rows && errors.shape(1) == width &&
+                      (width < 2 || (work.stride(1) == 1 && upper.stride(1) == 1));
+    if (!fits) throw nb::value_error("feedback_block: shapes or strides do not fit each other");
+    const pennyweight::Block block{work.data(),
+                                   static_cast<std::size_t>(work.stride(0)),
+                                   upper.data(),
+                                   static_cast<std::size_t>(upper.stride(0)),
+                                   row.data(),
+                                   column.data(),
+                                   codes.data(),
+                                   errors.data(),
+                                   rows,
+                                   width};
+    nb::gil_scoped_release release;
+    pennyweight::feedback_block(block, threads);
+}
+
+NB_MODULE(_cpu, m) {
+    m.def("feedback_block", &feedback_block, nb::arg("work"), nb::arg("upper"), nb::arg("row"), nb::arg("column"),
+          nb::arg("codes").noconvert(), nb::arg("errors").noconvert(), nb::arg("threads"),
+          "One block of columns of error feedback on a uniform grid; writes codes and errors.");
+}
