@@ -7,7 +7,8 @@
     python benchmarks/peers.py --with-pennyweight --sizes 7.0,6.0,5.5
 
 Measured rows are kept in benchmarks/out/ (one JSON per task and calibration text), so that peers and pennyweight may
-run from different environments and an interrupted run goes on where it stopped. --fresh measures again.
+run from different environments and an interrupted run goes on where it stopped. They are not measured again when
+the code changes: --fresh does that, for all rows or (--fresh pennyweight) for those whose name contains a text.
 
 A peer's file holds its packed tensors and everything else in fp16, tensors of one type in one block: two or three
 names in the header, the least any of them could write. The checkpoint's config.json is counted on both sides.
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 import cifar
 import data
 import sts
-from quantisers import QUANTISERS, PeerUnavailable, Stored
+from quantisers import QUANTISERS, Stored
 
 Row = dict[str, Any]
 Batches = list[dict[str, Tensor]]
@@ -124,7 +125,7 @@ TASKS = {
 
 
 # ------------------------------------------------------------------------------------------------------ providers
-# A provider measures one row: (task, budget in bytes or None, calibration) -> (predict, bytes on disk, processor seconds).
+# A provider measures one row: (task, budget in bytes or None, batches) -> (predict, bytes, processor seconds).
 
 Provider = Callable[[Task, int | None, Batches], tuple[Any, int, float]]
 
@@ -213,26 +214,27 @@ class Rows:
         self.task = TASKS[args.task]
         self.args = args
         self.path = sts.OUT / f"peers-{args.task}-{args.calibration}-{args.samples}.json"
-        self.rows: dict[str, Row] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self._batches: Batches | None = None
 
+    def kept(self) -> dict[str, Row]:
+        """What the file holds now; another run may have added to it."""
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
     def row(self, name: str, provider: Provider, budget: int | None = None, package: str = "") -> Row:
-        """The row of that name, measured now unless it is kept already."""
-        if name in self.rows and not self.args.fresh:
-            return self.rows[name]
+        """The row of that name, measured now unless it is kept already. A failure is shown but not kept."""
+        fresh = self.args.fresh is not None and self.args.fresh in name
+        if not fresh and name in self.kept():
+            return self.kept()[name]
         torch.manual_seed(0)
         self._batches = self._batches or self.task.batches(self.args)
         row: Row = {"name": name, "budget": budget, "version": _version(package)}
         try:
             predict, row["bytes"], row["seconds"] = provider(self.task, budget, self._batches)
             row |= self.task.evaluate(predict)
-        except PeerUnavailable as error:
-            return row | {"note": str(error)}
         except Exception as error:  # one failing peer must not lose the others' rows; its words go into the table
-            row["note"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        self.rows[name] = row
+            return row | {"note": f"{type(error).__name__}: {error}".splitlines()[0]}
         self.path.parent.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps(self.rows, indent=1))
+        self.path.write_text(json.dumps(self.kept() | {name: row}, indent=1))
         return row
 
 
@@ -300,7 +302,7 @@ def table(found: list[Row], args: argparse.Namespace) -> Table:
         grid.add_column(column, justify="left" if column in ("name",) or column.startswith("penny") else "right")
     for row in sorted(found, key=lambda r: -r.get("bytes", 0)):
         label = f"{row['name']} [dim]{row['version']}[/]" if row["version"] else row["name"]
-        if "dev" not in row:
+        if "note" in row:
             grid.add_row(label, *[""] * 7, row["note"])
             continue
         figures = [f"{row[key]:.2f}" for key in ("dev", "dev_lost", "unseen", "unseen_lost")]
@@ -329,7 +331,9 @@ def main() -> int:
     parser.add_argument("--calibration", choices=data.CALIBRATIONS, default="mixture", help="text to calibrate on")
     parser.add_argument("--samples", type=int, default=1024, help="sentences (images) to calibrate on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="measure again what is kept in benchmarks/out/")
+    parser.add_argument(
+        "--fresh", nargs="?", const="", metavar="NAME", help="measure kept rows again: those whose name contains this"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

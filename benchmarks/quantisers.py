@@ -126,9 +126,11 @@ def hqq(matrix: Tensor, bits: int) -> Stored:
     """Half-quadratic quantisation: zero points fitted by a proximal solver, no data."""
     Quantizer, BaseQuantizeConfig = _import("hqq.core.quantize", "Quantizer", "BaseQuantizeConfig")
     options = BaseQuantizeConfig(nbits=bits, group_size=GROUP)["weight_quant_params"]
+    rows = matrix.shape[0]
+    matrix = torch.cat([matrix, matrix[-1:].expand(-rows % 8, -1)])  # its BitPack drops the groups that fill no byte
     codes, meta = Quantizer.quantize(matrix, device="cpu", compute_dtype=torch.float32, **options)
     meta |= {"compute_dtype": torch.float32, "scale": half(meta["scale"]), "zero": half(meta["zero"])}
-    return Stored([codes, meta["scale"].half(), meta["zero"].half()], Quantizer.dequantize(codes, meta))
+    return Stored([codes, meta["scale"].half(), meta["zero"].half()], Quantizer.dequantize(codes, meta)[:rows])
 
 
 def quanto(matrix: Tensor, bits: int) -> Stored:

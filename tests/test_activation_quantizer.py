@@ -136,8 +136,9 @@ def test_searched_clipping_beats_the_extremes_on_rare_large_values() -> None:
         quantizer = ActivationQuantizer(4).calibrate([x], method)  # pyright: ignore[reportArgumentType]
         return float((quantizer(x) - x).square().mean().detach())
 
-    # One value of 40 among 16,384 costs 40^2 / 16384 = 0.1 if clipped away; its full range costs 2.7^2 / 12 = 0.6 each.
-    assert error("squared_error") < 0.1
+    # One value of 40 among 16,384 costs about 0.1 a value if clipped away (a little more as the sample always holds the
+    # extremes); the full range costs 2.7^2 / 12 = 0.6 at worst.
+    assert error("squared_error") < 0.13
     wide = affine_quantize(x, torch.tensor(40.0), torch.tensor(0.0), 4)
     assert error("squared_error") < 0.3 * float((wide - x).square().mean())
 

@@ -1,4 +1,4 @@
-"""What every registered compressor owes: run for each method in the registry, so a new one is tested by being registered."""
+"""What every compressor owes. Runs for each one in the registry: a new method is tested by being registered."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The formats: exact on their grids, closed forms, round trips over all shapes, sizes that are what they say, damage."""
+"""The formats: exact on their grids, closed forms, round trips over all shapes, honest sizes, damage."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -82,7 +83,7 @@ def make(kind: str, rows: int, cols: int, seed: int) -> PackedWeight:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(rows=st.integers(0, 20), cols=st.integers(0, 40), seed=st.integers(0, 10**6))
 def test_contract(kind: str, rows: int, cols: int, seed: int) -> None:
     packed = make(kind, rows, cols, seed)
@@ -158,7 +159,7 @@ def test_rows_of_unequal_spread_cost_less_than_their_common_entropy() -> None:
     assert len(stream(np.ascontiguousarray(codes.T), 6)) < 0.93 * entropy_bytes(codes)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     bits=st.integers(1, 16), rows=st.integers(0, 30), cols=st.integers(0, 30), skew=st.sampled_from([0.0, 0.5, 3.0, 50])
 )
@@ -187,9 +188,9 @@ def test_uniform_codes_stay_raw() -> None:
 
 
 @pytest.mark.parametrize("coding", ["float16", "log8"])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    values=st.lists(st.floats(0, 1e30, width=32), min_size=1, max_size=12),
+    values=st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=12),
     power=st.sampled_from([0, -30, -60, -90, 25]),
 )
 def test_rounding_scales_twice_changes_nothing(coding, values: list[float], power: int) -> None:
@@ -376,8 +377,8 @@ def test_bad_input_is_refused_in_one_line(attempt) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_truncated_and_lengthened_blobs_are_refused(kind: str) -> None:
-    for seed in range(4):
-        blob = make(kind, 11, 23, seed).to_bytes()
+    for seed in range(3):
+        blob = make(kind, 5, 9, seed).to_bytes()
         for length in range(len(blob)):
             with pytest.raises(ArtifactError):
                 from_bytes(blob[:length])
@@ -386,7 +387,7 @@ def test_truncated_and_lengthened_blobs_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 50), damage=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3)
 )
@@ -405,16 +406,14 @@ def test_damaged_blobs_decode_or_are_refused(kind: str, seed: int, damage: list[
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.binary(max_size=60), st.integers(1, 7))
 def test_noise_is_refused_or_decodes(noise: bytes, number: int) -> None:
-    try:
+    with contextlib.suppress(ArtifactError):
         from_bytes(bytes([number]) + noise)
-    except ArtifactError:
-        pass
 
 
 def test_newer_versions_and_formats_are_refused_by_name() -> None:
     blob = bytearray(Dense16.encode(ONES).to_bytes())
     blob[1] |= 1 << 5
-    with pytest.raises(ArtifactError, match="dense16.*version 1.*newer"):
+    with pytest.raises(ArtifactError, match=r"dense16.*version 1.*newer"):
         from_bytes(blob)
     with pytest.raises(ArtifactError, match="unknown weight format 99"):
         from_bytes(b"\x63" + bytes(blob[1:]))

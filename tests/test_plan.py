@@ -139,10 +139,22 @@ def test_layers_without_rows_and_methods_with_shared_parts_stay_whole(shared):
     offers["layer.2.weight"] = [
         replace(c, method=shared) if c.options["bits"] in (1, 2, 4, 8) else c for c in offers["layer.2.weight"]
     ]
+    rows = {"layer.0.weight": 64, "layer.2.weight": 64}
     for budget in range(2400, 12_000, 100):
-        plan = allocate(offers, budget, 500, rows={"layer.0.weight": 64, "layer.2.weight": 64})
+        plan = allocate(offers, budget, 500, rows=rows)
         assert plan.choices["layer.1.weight"].split is None
         assert all(shared not in (c.method, c.split.method) for c in plan.choices.values() if c.split)
+
+
+def test_an_upgrade_that_fits_is_made_whole():
+    """The relaxation stops before layer a, which cannot be divided; layer b's upgrade fits many times over."""
+    offers = {
+        "a": [Candidate("svd", {}, 0, 100.0), Candidate("svd", {}, 1000, 0.0)],
+        "b": [Candidate("gptq", {"bits": 1}, 0, 1.0), Candidate("gptq", {"bits": 2}, 100, 0.0)],
+    }
+    plan = allocate(offers, 500, 0, rows={"a": 64, "b": 64})
+    assert (plan.total, plan.distortion) == (100, 100.0)
+    assert plan.choices["b"] == Choice("gptq", {"bits": 2}, 100, 0.0)
 
 
 offer_lists = st.lists(
@@ -156,7 +168,9 @@ offer_lists = st.lists(
 @given(
     offers=st.dictionaries(st.sampled_from("abc"), offer_lists, min_size=1), rows=st.integers(1, 300), data=st.data()
 )
-def test_any_plan_holds_its_budget_and_divides_at_whole_rows(offers, rows, data):
+def test_any_plan_holds_its_budget_and_divides_at_whole_rows(
+    offers: dict[str, list[Candidate]], rows: int, data: st.DataObject
+):
     smallest = sum(min(c.nbytes for c in choices) for choices in offers.values())
     budget = data.draw(st.integers(smallest, smallest + 6000)) + 50
     plan = allocate(offers, budget, 50, rows=dict.fromkeys(offers, rows))
@@ -233,9 +247,17 @@ plans = st.builds(
 def test_yaml_gives_the_same_plan_back(plan):
     text = plan.to_yaml()
     assert Plan.from_yaml(text) == plan
-    body = [line for line in text.splitlines() if not line.startswith("#")]
-    layers = body[body.index("layers:") + 1 : body.index("layers:") + 1 + len(plan.choices)]
-    assert all(line.startswith("  ") for line in layers)  # one line a layer
+    below = text.split("\nlayers:\n")[1].split("\n")
+    assert next(at for at, line in enumerate(below) if not line.startswith("  ")) == len(plan.choices)
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", " a", "yes", "3", "2020-01-01", "a: b", "# a", "{a}", "\x85\u2028", "\ufeff", "é😀", "a" * 200]
+)
+def test_any_name_stays_on_its_line(text):
+    plan = Plan({text: Choice(text, {text: text}), "b": Choice(text)}, solver=text)
+    assert Plan.from_yaml(plan.to_yaml()) == plan
+    assert plan.to_yaml().count("\n") == Plan({"a": Choice("a"), "b": Choice("a")}).to_yaml().count("\n")
 
 
 def test_json_able_and_printable():

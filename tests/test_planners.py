@@ -122,7 +122,7 @@ def test_coarse_buckets_hold_the_budget_and_are_no_worse_than_the_hull(buckets):
 def test_improvement_trades_between_layers_and_never_within_one():
     """One layer alone cannot pay for its own upgrade; another layer's cheap downgrade can."""
     alone = Problem.build([[0, 10, 30]], [[60.0, 50.0, 0.0]])
-    assert improve(alone, np.array([1]), 25, slope=2.0).tolist() == [1]
+    assert improve(alone, np.array([1]), 25, slope=2.0, rounds=1).tolist() == [1]
     both = Problem.build([[0, 10, 30], [0, 10]], [[60.0, 50.0, 0.0], [1.0, 0.0]])
     assert improve(both, np.array([1, 4]), 35, slope=2.0).tolist() == [2, 3]
 

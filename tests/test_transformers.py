@@ -17,11 +17,9 @@ transformers = pytest.importorskip("transformers")
 from pennyweight.artifact import load, load_checkpoint, predict_bytes, round_to_stored, save  # noqa: E402
 from pennyweight.errors import ArtifactError  # noqa: E402
 from pennyweight.formats import Integer  # noqa: E402
-from pennyweight.integrations import register_when_imported  # noqa: E402
 from pennyweight.layers.packed import install, packed_blobs, packed_weights  # noqa: E402
 from pennyweight.layers.sites import weight_sites  # noqa: E402
 
-register_when_imported()
 SOURCE = Path(__file__).parent.parent / "src"
 BERT = {
     "vocab_size": 53,
@@ -102,16 +100,18 @@ def test_from_pretrained_equals_load(tmp_path, name, caplog, recwarn):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
-def test_fresh_process_needs_only_the_registration(tmp_path):
-    """Importing pennyweight must not import transformers, and from_pretrained must then work without pw.load."""
+@pytest.mark.parametrize("first", ["transformers.quantizers", "pennyweight.integrations.transformers"])
+def test_fresh_process_needs_only_the_import(tmp_path, first):
+    """Importing pennyweight must not import transformers, and from_pretrained must then work without pw.load, whichever
+    of the two packages asks for transformers' registry first."""
     model = shrink(make("bert"))
     save(model, tmp_path / "out")
     script = f"""
 import sys
-from pennyweight.integrations import register_when_imported
-register_when_imported(); register_when_imported()
+import pennyweight
 assert "transformers" not in sys.modules
 import torch
+import {first}
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(tmp_path / "out")!r})
 y = model(input_ids=torch.tensor([[1, 5, 52, 7]]), attention_mask=torch.tensor([[1, 1, 1, 0]]))[0]

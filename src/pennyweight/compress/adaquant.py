@@ -14,7 +14,7 @@ layers before it produce ("sequential": their errors are mended too); Y is the f
 Weights alone need no inputs: with E = Q_w(V) - W the objective is tr(E H E^T), H = X^T X / n, whose gradient is 2 E H.
 That is the compressor `adaquant`. `adaquant(model, data)` quantises the inputs of layers as well, on samples of rows.
 
-Departures. Learning rates are relative: to the standard deviation of W, to each range, to the spread of Y; the released
+Departures. Learning rates are relative: to W's mean step, to each range, to the spread of Y; the released
 rates fit 8 bits and ranges near 1. Ranges are optimised through their logarithm and so stay positive. Rates fall along
 a cosine. The best iterate is kept (a row at a time for weights alone), so the objective never rises. A last, optional
 step distils the whole network against the float one on the same data, without labels (the paper tunes biases only).
@@ -100,6 +100,9 @@ class AffineWeight(nn.Module):
     def span(self) -> tuple[Tensor, Tensor]:
         return self.unit * self.log_range.exp(), self.unit * self.relative_zero
 
+    def mean_step(self) -> float:
+        return float(self.span()[0].detach().mean()) / (2**self.bits - 1)
+
     def forward(self, weight: Tensor) -> Tensor:
         r, z = self.span()
         quantized = affine_quantize(self.in_groups(weight), r, z, self.bits)
@@ -107,11 +110,15 @@ class AffineWeight(nn.Module):
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> Integer:
-        """The codes nearest to `weight` on the grid as it will be stored (steps and minima in float16)."""
+        """The quantised `weight` on the grid as it will be stored (steps and minima in float16).
+
+        Codes come from the quantised values, not from V: training leaves much of V close to a rounding threshold, where
+        the slightest change of the step would flip it.
+        """
         step, zero = affine_grid(*self.span(), self.bits)
         scale = Integer.round_scale(step[..., 0])
         minimum = Integer.round_minimum((-(2 ** (self.bits - 1)) - zero[..., 0]) * scale)
-        columns = (self.in_groups(weight) - minimum[..., None]) / scale[..., None].clamp_min(1e-30)
+        columns = (self.in_groups(self(weight)) - minimum[..., None]) / scale[..., None].clamp_min(1e-30)
         codes = columns.round().clamp(0, 2**self.bits - 1).flatten(1)[:, : self.cols].to(torch.int32)
         return Integer.from_codes(codes, scale, minimum, bits=self.bits, group=self.group)
 
@@ -127,7 +134,7 @@ class AffineWeight(nn.Module):
     combines_with=("bias_tune", "para_normalise"),
 )
 class AdaQuant(Compressor):
-    """Options: bits 1..8, group (columns; 0: whole row), iterations, lr_weight (in standard deviations of W)."""
+    """Options: bits 1..8, group (columns; 0: whole row), iterations, lr_weight (in mean steps of the grid)."""
 
     name = "adaquant"
 
@@ -177,10 +184,9 @@ def tune_weight(
     grid = starting_grid(weight, metric, bits, group)
     start = [grid.log_range.detach().clone(), grid.relative_zero.detach().clone(), weight]
     moving = weight.clone().requires_grad_(True)
-    spread = float(weight.std()) if weight.numel() > 1 else 1.0
     optimizer = torch.optim.Adam(
         [
-            {"params": [moving], "lr": lr_weight * max(spread, 1e-12)},
+            {"params": [moving], "lr": lr_weight * grid.mean_step()},
             {"params": [grid.log_range, grid.relative_zero], "lr": 1e-3},
         ]
     )
@@ -317,9 +323,13 @@ class LayerProblem:
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().view(inputs.shape[0], 1, -1).clone())
         metric = torch.matmul(inputs.transpose(1, 2), inputs) / inputs.shape[1]
         self.grid = starting_grid(self.weight.detach(), metric, weight_bits, group)
-        self.quantizer = ActivationQuantizer(activation_bits).calibrate([inputs.flatten(0, 1)])
         self.module = site.module
         self.site = site
+        starts: list[tuple[float, ActivationQuantizer]] = []
+        for method in ("squared_error", "extremes"):
+            self.quantizer = ActivationQuantizer(activation_bits).calibrate([inputs.flatten(0, 1)], method)
+            starts.append((self.total(), self.quantizer))
+        self.quantizer = min(starts, key=lambda start: start[0])[1]
 
     def squared_error(self, rows: Tensor | slice, weight: Tensor) -> Tensor:
         inputs = self.quantizer(self.inputs[:, rows])
@@ -343,7 +353,7 @@ class LayerProblem:
         variance = max(float(self.targets.var(unbiased=False)), 1e-30)
         initial_range = float(self.quantizer.range.detach())
         groups: list[dict[str, Any]] = [
-            {"params": [self.weight], "lr": lr_weight * max(float(self.weight.detach().std(unbiased=False)), 1e-12)},
+            {"params": [self.weight], "lr": lr_weight * self.grid.mean_step()},
             {"params": [self.grid.log_range, self.grid.relative_zero], "lr": 1e-3},
             {"params": [self.quantizer.range, self.quantizer.zero], "lr": 1e-2 * initial_range},
         ]
@@ -369,7 +379,8 @@ class LayerProblem:
             for variable, value in zip(variables, kept):
                 variable.copy_(value)
                 variable.grad = None
-            self.site.parameter.copy_(self.site.to_parameter(self.weight))
+            # The middle of each step, not V itself: see `AffineWeight.pack`.
+            self.site.parameter.copy_(self.site.to_parameter(self.grid(self.weight)))
             if self.bias is not None:
                 self.module.bias.copy_(self.bias.flatten())  # pyright: ignore[reportCallIssue]
         return before / variance, best / variance
@@ -494,7 +505,7 @@ def _distil(
         quantizer: Any = module.input_quantizer
         latent = _latent(module)
         parameters += [
-            {"params": [latent], "lr": 3e-3 * max(float(latent.detach().std(unbiased=False)), 1e-12)},
+            {"params": [latent], "lr": 1e-2 * grid.mean_step()},
             {"params": [grid.log_range, grid.relative_zero], "lr": 3e-4},
             {"params": [quantizer.range, quantizer.zero], "lr": 1e-3 * float(quantizer.range.detach())},
         ]

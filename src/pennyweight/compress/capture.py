@@ -6,6 +6,7 @@ group by group, and `output_rows(site, output) -> [n, rows]` in the same order o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ def input_rows(site: WeightSite, inputs: tuple[Any, ...], output: Tensor | None 
         for rows in _recurrent_rows(site, inputs):
             yield rows[None], None
     elif site.kind == "conv":
-        sample_values = max(1, site.matrix_shape[1] * site.groups * _output_positions(module, x))
+        sample_values = max(1, site.view.matrix_shape[1] * site.groups * _output_positions(module, x))
         step = max(1, _CHUNK_VALUES // sample_values)
         for i in range(0, x.shape[0], step):
             rows = patches(module, x[i : i + step].detach().float())
@@ -96,7 +97,7 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
     x = x.reshape(batch, groups, channels // groups, *x.shape[2:])
     order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))  # groups, batch, positions, channels, kernel
     x = x.permute(order)
-    return x.reshape(groups, -1, channels // groups * x.shape[-dims:].numel())
+    return x.reshape(groups, -1, channels // groups * math.prod(x.shape[-dims:]))
 
 
 def _paddings(module: nn.Module) -> list[tuple[int, int]]:

@@ -7,13 +7,13 @@ weight c_j, and block b of row i holding the columns b*d .. b*d + d - 1, the clu
 
     sum_{i, b} ( sum_{j in b} r_i c_j (w_ij - e_{k(i,b), j})^2  +  rate * length_{k(i,b)} )
 
-with length_k = -log2 of entry k's share of the blocks; rate = 0 is plain k-means. It does so exactly and at the price of
-plain k-means: all rows share a block's column weights, so the objective for all entries is one matrix product,
+with length_k = -log2 of entry k's share of the blocks; rate = 0 is plain k-means. It does so exactly and at the price
+of plain k-means: all rows share a block's column weights, so the objective for all entries is one matrix product,
 (c w, c, rate / r) times (-2 E, E^2, length), and an entry's best value is a weighted mean per coordinate.
 
 With `row_scale` each row is first divided by its weighted root mean square s_i (stored), and r_i becomes r_i s_i^2, so
-the objective stays the one above. Seeding is k-means++ (Arthur and Vassilvitskii, 2007) in rounds that double the number
-of entries, with a fixed seed. Entries that lose all their blocks move to the blocks served worst (rate 0) or go.
+the objective stays the one above. Seeding is k-means++ (Arthur and Vassilvitskii, 2007) in rounds that double the
+number of entries, with a fixed seed. Entries that lose all their blocks move to the blocks served worst (rate 0) or go.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class WeightedBlocks:
         return self.column_weight[self.position] * (self.row_weight * self.share)[:, None]
 
     def nearest(self, entries: Tensor, cost: Tensor | None = None) -> Tensor:
-        """int64 [n]: the entry of least weighted squared distance plus cost; entries [K, d], cost [K]; first of equals."""
+        """int64 [n]: the entry of least weighted squared distance plus cost, for entries [K, d] and cost [K]."""
         table = torch.cat([-2 * entries, entries.square()], 1)
         table = (table if cost is None else torch.cat([table, cost[:, None]], 1)).T.contiguous()  # [2 d (+ 1), K]
         rows = max(1, _CHUNK_OBJECTIVES // entries.shape[0])

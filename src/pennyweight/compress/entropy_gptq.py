@@ -35,6 +35,7 @@ STEPS = (6.0, 4.2, 3.0, 2.2, 1.6, 1.15, 0.8, 0.5, 0.28, 0.12, 0.03, 0.006)
 SPREAD = 8.0
 
 _CHUNK_VALUES = 1 << 22
+_FIT_ROUNDS = 9
 
 
 def multipliers(weight: Tensor) -> Tensor:
@@ -84,31 +85,27 @@ class EntropyGPTQ(Compressor):
         """The finest grid found whose blob has at most `nbytes` (and at least 1 - tolerance of it where reachable)."""
         columns, damping = options.get("columns", True), options.get("damping", 0.01)
         factors = list(by_group(layer, damping, True))
-        step, best = float(options["step"]), None
-        under: tuple[float, float] | None = None  # (log step, log bytes) on either side of the target
-        over: tuple[float, float] | None = None
-        for _ in range(7):
-            packed = next(self._ladder(layer, factors, [step], columns))
-            point = math.log(step), math.log(packed.nbytes)
-            if packed.nbytes <= nbytes:
-                under = point
-                if best is None or packed.nbytes > best[0].nbytes:
-                    best = packed, step
-                if packed.nbytes >= (1 - tolerance) * nbytes:
-                    break
-            else:
-                over = point
-            target = math.log(nbytes * (1 - tolerance / 2))
-            if under and over:
-                share = (target - under[1]) / (over[1] - under[1])
-                step = math.exp(under[0] + min(max(share, 0.05), 0.95) * (over[0] - under[0]))
-            else:  # one more bit for half the step; at low rates somewhat less
-                bits = packed.nbytes * 8 / layer.weight.numel()
-                move = (target - point[1]) * bits * math.log(2) / (1.0 if bits > 2 else 0.7)
-                step = math.exp(point[0] - max(-0.5, min(0.5, move)))
-        if best is None:
-            return packed, {**options, "step": step}
-        return best[0], {**options, "step": best[1]}
+        target = nbytes * (1 - tolerance / 2)
+        fits: tuple[float, PackedWeight] | None = None  # the finest grid known to fit, as (log step, packed)
+        over: tuple[float, int] | None = None  # the coarsest known not to
+        at = math.log(float(options["step"]))
+        for _ in range(_FIT_ROUNDS):
+            packed = next(self._ladder(layer, factors, [math.exp(at)], columns))
+            if packed.nbytes > nbytes:
+                over = at, packed.nbytes
+            elif fits is None or packed.nbytes > fits[1].nbytes:
+                fits = at, packed
+            if fits and fits[1].nbytes >= (1 - tolerance) * nbytes:
+                break
+            if fits and over:  # between the two: regula falsi, kept off the ends
+                share = math.log(target / fits[1].nbytes) / math.log(over[1] / fits[1].nbytes)
+                at = fits[0] + min(max(share, 0.1), 0.9) * (over[0] - fits[0])
+            else:  # one more bit a weight for half the step
+                bits = (target - packed.nbytes) * 8 / layer.weight.numel()
+                at -= max(-0.7, min(0.7, bits * math.log(2) * (1.0 if bits > 0 else 1.5)))
+        if fits is None:
+            return packed, {**options, "step": math.exp(at)}
+        return fits[1], {**options, "step": math.exp(fits[0])}
 
     def _ladder(
         self, layer: LayerView, factors: list[tuple[slice, Factor]], steps: list[float], columns: bool

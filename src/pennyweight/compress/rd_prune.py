@@ -107,8 +107,8 @@ def model_curves(
 ) -> dict[str, list[float]]:
     """d_l at every amount of the grid, by weight name. Weights and buffers are afterwards what they were, bit for bit.
 
-    data: what `data.calls` takes. Costs weights * grid forwards of all batches. Raises `DataError` as `data.calls` does, and
-    if outputs are not finite.
+    data: what `data.calls` takes. Costs weights * grid forwards of all batches.
+    Raises `DataError` as `data.calls` does, and if outputs are not finite.
     """
     batches = calls(model, data)
 

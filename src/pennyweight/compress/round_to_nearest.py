@@ -64,7 +64,10 @@ def search_grid(weight: Tensor, column_weight: Tensor, bits: int, *, symmetric: 
         loss, new_codes = loss_of(grid)
         better = loss < least
         scale = torch.where(better, grid.scale, best.scale)
-        best = Grid(scale, best.minimum if grid.minimum is None else torch.where(better, grid.minimum, best.minimum))
+        minimum = best.minimum
+        if minimum is not None and grid.minimum is not None:
+            minimum = torch.where(better, grid.minimum, minimum)
+        best = Grid(scale, minimum)
         least = torch.where(better, loss, least)
         codes = torch.where(better[..., None], new_codes, codes)
 

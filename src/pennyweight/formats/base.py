@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import struct
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self
+from collections.abc import Callable
+from typing import ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -151,12 +152,13 @@ class PackedWeight(ABC):
 VERSION = 0  # upper three bits of a blob's second byte
 OPTION_BITS = 5  # the rest of it
 FORMATS: dict[int, type[PackedWeight]] = {}
+P = TypeVar("P", bound=PackedWeight)
 
 
-def format_id(number: int):
+def format_id(number: int) -> Callable[[type[P]], type[P]]:
     """Class decorator: enter the class under the number that opens its blobs."""
 
-    def enter(cls: type[PackedWeight]) -> type[PackedWeight]:
+    def enter(cls: type[P]) -> type[P]:
         FORMATS[number] = cls
         return cls
 

@@ -159,10 +159,10 @@ def _plan(codes: np.ndarray, bits: int, classes: bool = True) -> _Plan | None:
 
 
 def _table_codes(counts: np.ndarray) -> np.ndarray:
-    """Counts (below 2^31) -> one byte each: 0 for absent, else 1 + k, the nearest (8 + k%8) * 2^(k//8) / 8."""
-    exponent = np.floor(np.log2(np.maximum(counts, 1))).astype(np.int64)
+    """Counts (1 .. 2^31 - 1) -> one byte each, 1 + k, where (8 + k%8) * 2^(k//8) / 8 is nearest to the count."""
+    exponent = np.floor(np.log2(counts)).astype(np.int64)
     mantissa = np.rint(8 * counts / np.exp2(exponent)).astype(np.int64)  # 8..16, where 16 carries into the exponent
-    return np.where(counts > 0, 1 + mantissa - 8 + 8 * exponent, 0)
+    return 1 + mantissa - 8 + 8 * exponent
 
 
 def _frequencies(k: np.ndarray) -> np.ndarray:
@@ -179,20 +179,16 @@ def _model(k: np.ndarray) -> stream.model.Categorical:
     return stream.model.Categorical((_frequencies(k) - 1).astype(np.float64), perfect=False, lazy=False)
 
 
-def _write_table(writer: Writer, table: np.ndarray) -> None:
-    absent = 0
-    for code in table.tolist():
-        if code == 0:
-            absent += 1
-            continue
-        if absent:
+def _write_table(writer: Writer, symbols: np.ndarray, table: np.ndarray, alphabet: int) -> None:
+    """`table` (1 + k) of the `symbols` present, ascending; runs of absent symbols in between."""
+    described = 0
+    for symbol, code in zip([*symbols.tolist(), alphabet], [*table.tolist(), None], strict=True):
+        if symbol > described:
             writer.u8(0)
-            writer.varint(absent - 1)
-            absent = 0
-        writer.u8(code)
-    if absent:
-        writer.u8(0)
-        writer.varint(absent - 1)
+            writer.varint(symbol - described - 1)
+        if code is not None:
+            writer.u8(code)
+        described = symbol + 1
 
 
 def _read_table(reader: Reader, alphabet: int) -> tuple[np.ndarray, np.ndarray]:
@@ -247,12 +243,11 @@ def _encode(writer: Writer, codes: np.ndarray, bits: int, plan: _Plan) -> None:
     for r, c, rows, cols in _contexts(plan.row_class, plan.col_class):
         counts = plan.counts[r, c]
         present = plan.symbols[counts > 0]
-        table = np.zeros(1 << bits, np.int64)
-        table[present] = _table_codes(counts[counts > 0])
-        _write_table(writer, table)
+        table = _table_codes(counts[counts > 0])
+        _write_table(writer, present, table, 1 << bits)
         if len(present) == 1:
             continue
-        model = _model(table[present] - 1)
+        model = _model(table - 1)
         index_of = np.zeros(1 << bits, np.int32)
         index_of[present] = np.arange(len(present))
         for part in _row_chunks(len(rows), len(cols)):

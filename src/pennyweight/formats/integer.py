@@ -150,11 +150,11 @@ class Integer(PackedWeight):
                 values -= 1 << self.bits - 1
         values = combine(torch.Tensor.mul_, values, scale, self.group)
         if self.column_scale is not None:
-            values *= self.column_scale.all()
+            values *= self.column_scale.all()[0]
         if minimum is not None:
             values = combine(torch.Tensor.add_, values, minimum, self.group)
         if self.column_offset is not None:
-            values += self.column_offset.all()
+            values += self.column_offset.all()[0]
         return values
 
     def _write(self, writer: Writer) -> int:

@@ -143,7 +143,8 @@ class Log8Values:
 
     def _values(self, codes: Tensor) -> Tensor:
         step = np.arange(LOG_RANGE + 1)
-        table = np.ldexp(np.float32(self.base) * ROOTS[step % STEPS], step // STEPS)
+        with np.errstate(over="ignore"):  # steps that no code takes may lie beyond float32
+            table = np.ldexp(np.float32(self.base) * ROOTS[step % STEPS], step // STEPS)
         return torch.from_numpy(np.append(np.float32(0), table)).to(codes.device)[codes.to(torch.int32)]
 
     def to(self, device: torch.device | str) -> Self:
@@ -163,7 +164,10 @@ class Log8Values:
         width = reader.u8()
         if not 1 <= width <= 8:
             raise ArtifactError(f"scale steps of {width} bits; the file is damaged")
-        return cls(torch.from_numpy(read_symbols(reader, rows, cols, width)), base)
+        values = cls(torch.from_numpy(read_symbols(reader, rows, cols, width)), base)
+        if not bool(torch.isfinite(values.all()).all()):
+            raise ArtifactError("a packed weight holds scales that are not finite; the file is damaged")
+        return values
 
 
 Values = Float16Values | Log8Values

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -26,7 +27,10 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("pennyweight.integrations.transformers").register()
+    # The module registers itself at its end. Should it not import, with a transformers that lacks what it needs, that is
+    # no reason to break transformers for everybody: `pennyweight.load` will say so.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pennyweight.integrations.transformers")
 
 
 class _Watcher(importlib.abc.MetaPathFinder):

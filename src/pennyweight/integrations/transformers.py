@@ -104,7 +104,7 @@ def _blank_parameter(site: WeightSite) -> None:
 
 
 def register() -> None:
-    """Enter the quantiser and its configuration in transformers' registries, once."""
+    """Enter the quantiser and its configuration in transformers' registries, once. Importing this module does it."""
     if "pennyweight" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config("pennyweight")(PennyweightConfig)
         register_quantizer("pennyweight")(PennyweightQuantizer)
@@ -131,3 +131,6 @@ def empty_model(config: Mapping[str, Any], directory: Path) -> nn.Module:
     dtype = getattr(torch, str(settings.get("dtype", "float32")).removeprefix("torch."))
     with torch.random.fork_rng(devices=[]):  # its random weights are of no interest, the caller's generator is
         return model_class(made).to(dtype)
+
+
+register()

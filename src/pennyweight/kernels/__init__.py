@@ -38,6 +38,8 @@ def feedback_block(work: Tensor, upper: Tensor, row: Tensor, column: Tensor) -> 
         return feedback_block_reference(work, upper, row, column)
     codes = torch.empty(work.shape, dtype=torch.int16)
     errors = torch.empty(work.shape)
+    if not work.numel():
+        return codes, errors
     work, upper = (t if t.stride(-1) == 1 else t.contiguous() for t in (work, upper))
     arrays = (t.numpy() for t in (work, upper, row.contiguous(), column.contiguous(), codes, errors))
     _cpu.feedback_block(*arrays, torch.get_num_threads())

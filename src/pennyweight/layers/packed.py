@@ -53,8 +53,8 @@ class PackedModule(nn.Module):
             wanted = self._packed_views[attribute].matrix_shape
             if tuple(packed.shape) != wanted:
                 raise ArtifactError(
-                    f"{attribute} of a {self._packed_original.__name__} needs a packed matrix {list(wanted)}, but the blob "
-                    f"holds {list(packed.shape)}; load the state dict into the model it came from"
+                    f"{attribute} of a {self._packed_original.__name__} needs a packed matrix {list(wanted)}, but the "
+                    f"blob holds {list(packed.shape)}; load the state dict into the model it came from"
                 )
             self._packed_parsed[attribute] = packed
         return self._packed_parsed[attribute]

@@ -1,1 +1,1 @@
-"""The small experiment behind each card: `python -m pennyweight.bench.experiments.NAME` writes its docs/results page."""
+"""The experiment behind each card: `python -m pennyweight.bench.experiments.NAME` writes its docs/results page."""

@@ -1,0 +1,1 @@
+"""Helpers around particular kinds of models."""
