@@ -71,6 +71,7 @@ class Task:
 
     name: str
     metric: str
+    samples: str
     load: Callable[[], nn.Module]
     empty: Callable[[], nn.Module]
     batches: Callable[[argparse.Namespace], Batches]
@@ -92,6 +93,7 @@ TASKS = {
     "minilm": Task(
         name="all-MiniLM-L6-v2",
         metric="STS-B, Spearman x100",
+        samples="sentences",
         load=sts.load_encoder,
         empty=sts.empty_encoder,
         batches=lambda args: sts.batches(data.calibration_sentences(args.samples, args.calibration)),
@@ -113,6 +115,7 @@ TASKS = {
     "resnet20": Task(
         name="CIFAR-10 ResNet-20",
         metric="top-1 x100",
+        samples="training images",
         load=cifar.load_resnet,
         empty=lambda: cifar.load_resnet(pretrained=False),
         batches=lambda args: cifar.batches(args.samples),
@@ -285,21 +288,12 @@ def _version(package: str) -> str:
 def table(found: list[Row], args: argparse.Namespace) -> Table:
     """The rows from large to small."""
     task = TASKS[args.task]
-    grid = Table(
-        title=f"{task.name}: {task.metric}; calibrated on {args.samples} of {args.calibration}", title_justify="left"
-    )
-    for column in (
-        "name",
-        "bytes",
-        "dev",
-        "lost",
-        "unseen",
-        "lost",
-        "cosine",
-        "CPU s",
-        "pennyweight, same bytes or fewer",
-    ):
-        grid.add_column(column, justify="left" if column in ("name",) or column.startswith("penny") else "right")
+    title = f"{task.name}: {task.metric}; calibrated on {args.samples} {task.samples} ({args.calibration})"
+    grid = Table(title=title, title_justify="left")
+    grid.add_column("name")
+    for column in ("bytes", "dev", "lost", "unseen", "lost", "cosine", "CPU s"):
+        grid.add_column(column, justify="right")
+    grid.add_column("pennyweight, same bytes or fewer")
     for row in sorted(found, key=lambda r: -r.get("bytes", 0)):
         label = f"{row['name']} [dim]{row['version']}[/]" if row["version"] else row["name"]
         if "note" in row:
@@ -336,6 +330,8 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     args = parser.parse_args()
+    if args.task == "resnet20":
+        args.calibration = "unlabelled"
     torch.set_num_threads(args.threads)
     console, progress = Console(), Console(stderr=True)
     if not console.is_terminal:  # a pipe or a log file has no width to wrap at

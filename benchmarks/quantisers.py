@@ -126,11 +126,16 @@ def hqq(matrix: Tensor, bits: int) -> Stored:
     """Half-quadratic quantisation: zero points fitted by a proximal solver, no data."""
     Quantizer, BaseQuantizeConfig = _import("hqq.core.quantize", "Quantizer", "BaseQuantizeConfig")
     options = BaseQuantizeConfig(nbits=bits, group_size=GROUP)["weight_quant_params"]
-    rows = matrix.shape[0]
-    matrix = torch.cat([matrix, matrix[-1:].expand(-rows % 8, -1)])  # its BitPack drops the groups that fill no byte
-    codes, meta = Quantizer.quantize(matrix, device="cpu", compute_dtype=torch.float32, **options)
+    groups = matrix.reshape(-1, GROUP)
+    short = -len(groups) % (8 // bits)  # its BitPack drops last groups that fill no byte, so give it more of them
+    codes, meta = Quantizer.quantize(
+        torch.cat([groups, groups[-1:].expand(short, -1)]), device="cpu", compute_dtype=torch.float32, **options
+    )
     meta |= {"compute_dtype": torch.float32, "scale": half(meta["scale"]), "zero": half(meta["zero"])}
-    return Stored([codes, meta["scale"].half(), meta["zero"].half()], Quantizer.dequantize(codes, meta)[:rows])
+    return Stored(
+        [codes, meta["scale"].half(), meta["zero"].half()],
+        Quantizer.dequantize(codes, meta)[: len(groups)].view_as(matrix),
+    )
 
 
 def quanto(matrix: Tensor, bits: int) -> Stored:
@@ -233,14 +238,21 @@ def auto_round(model: nn.Module, bits: Bits, batches: Batches) -> dict[str, Stor
 
 @torch.no_grad()
 def gptq(model: nn.Module, bits: Bits, batches: Batches) -> dict[str, Stored]:
-    """GPTQ as in the paper: layers in the order they run, each on inputs that the quantised ones before it produce."""
-    stored = {}
-    for name in _in_order(model, [n for n in bits if not isinstance(_owner(model, n), nn.Embedding)], batches[0]):
-        layer = _owner(model, name)
-        stored[name] = gptq_matrix(matrix_of(model, name), _second_moment(model, layer, batches), bits[name])
-        layer.weight.copy_(stored[name].matrix.view_as(layer.weight))
-    for name in [n for n in bits if n not in stored]:
-        stored[name] = rtn_integer_zero(matrix_of(model, name), bits[name])
+    """GPTQ as in the paper: layers in the order they run, each on inputs that the quantised ones before it produce.
+    Tables come first and are rounded to nearest, so that the layers make up for their errors too."""
+    stored: dict[str, Stored] = {}
+
+    def store(name: str, new: Stored) -> None:
+        stored[name] = new
+        model.get_parameter(name).copy_(new.matrix.view_as(model.get_parameter(name)))
+
+    tables = [name for name in bits if isinstance(_owner(model, name), nn.Embedding)]
+    for name in tables:
+        store(name, rtn_integer_zero(matrix_of(model, name), bits[name]))
+    for names in _in_order(model, [name for name in bits if name not in tables], batches[0]):
+        hessian = _second_moment(model, _owner(model, names[0]), batches)
+        for name in names:
+            store(name, gptq_matrix(matrix_of(model, name), hessian, bits[name]))
     return stored
 
 
@@ -281,14 +293,23 @@ def _owner(model: nn.Module, name: str) -> Any:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _in_order(model: nn.Module, names: list[str], batch: dict[str, Tensor]) -> list[str]:
-    """The weights' names in the order in which their layers first run."""
-    order: list[str] = []
-    hooks = [_owner(model, name).register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name in names]
+def _in_order(model: nn.Module, names: list[str], batch: dict[str, Tensor]) -> list[list[str]]:
+    """The weights' names in the order in which their layers run; those that read the same tensor stand together."""
+    order: list[list[str]] = []
+    inputs: list[Tensor] = []
+
+    def visit(name: str, x: Tensor) -> None:
+        if inputs and inputs[-1] is x:
+            order[-1].append(name)
+        else:
+            order.append([name])
+            inputs.append(x)
+
+    hooks = [_owner(model, n).register_forward_pre_hook(lambda _, args, n=n: visit(n, args[0])) for n in names]
     model(**batch)
     for hook in hooks:
         hook.remove()
-    return list(dict.fromkeys(order))
+    return order
 
 
 def _second_moment(model: nn.Module, layer: Any, batches: Batches) -> Tensor:

@@ -4,8 +4,11 @@ from . import compress as compress
 from .artifact import load, save
 from .compress.plan import Plan
 from .compress.shrink import plan, shrink
+from .integrations import register_when_imported
 from .registry import methods
 
 __version__ = "0.1.0"
+
+register_when_imported()
 
 __all__ = ["Plan", "load", "methods", "plan", "save", "shrink"]

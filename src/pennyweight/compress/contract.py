@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,15 @@ class Candidate:
         return " ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
 
 
+class Fit(NamedTuple):
+    """A weight made towards a size: the packed weight, the options that make it again, and the options of the next larger
+    one found not to fit (None if there is none, or sizes are so dense that it does not matter)."""
+
+    packed: PackedWeight
+    options: dict[str, Any]
+    larger: dict[str, Any] | None = None
+
+
 class Compressor(ABC):
     """Base of all post-training methods. Subclasses register under `acts_on="compress"` and define two functions."""
 
@@ -106,13 +115,10 @@ class Compressor(ABC):
     def candidate(self, layer: LayerView, options: Mapping[str, Any], packed: PackedWeight) -> Candidate:
         return Candidate(self.name, dict(options), packed.nbytes, layer.distortion(packed.decode()))
 
-    def fit(self, layer: LayerView, options: Mapping[str, Any], nbytes: int) -> tuple[PackedWeight, dict[str, Any]]:
-        """Compress towards `nbytes`. Methods with a continuous knob turn it; the others ignore the target.
-
-        Returns the packed weight and the options that make it again.
-        """
+    def fit(self, layer: LayerView, options: Mapping[str, Any], nbytes: int) -> Fit:
+        """Compress towards `nbytes`. Methods with a continuous knob turn it; the others ignore the target."""
         del nbytes
-        return self.compress(layer, **options), dict(options)
+        return Fit(self.compress(layer, **options), dict(options))
 
 
 def compressor(name: str) -> Compressor:

@@ -17,7 +17,7 @@ At low rates reconstruction in the middle of a cell is too far out (the density 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..formats import Integer, PackedWeight
 from ..registry import register
-from .contract import Candidate, Compressor, LayerView
+from .contract import Candidate, Compressor, Fit, LayerView
 from .error_feedback import Factor, by_group, feedback_uniform
 
 #: Steps in units of the weight's root mean square: from next to nothing (6) to half precision's own accuracy (0.006).
@@ -79,33 +79,34 @@ class EntropyGPTQ(Compressor):
     ) -> PackedWeight:
         return next(self._ladder(layer, list(by_group(layer, damping, True)), [step], columns))
 
-    def fit(
-        self, layer: LayerView, options: dict[str, Any], nbytes: int, tolerance: float = 0.003
-    ) -> tuple[PackedWeight, dict[str, Any]]:
-        """The finest grid found whose blob has at most `nbytes` (and at least 1 - tolerance of it where reachable)."""
+    def fit(self, layer: LayerView, options: Mapping[str, Any], nbytes: int, tolerance: float = 0.003) -> Fit:
+        """The finest grid found whose blob has at most `nbytes`, and at least 1 - tolerance of it where that is reachable."""
         columns, damping = options.get("columns", True), options.get("damping", 0.01)
         factors = list(by_group(layer, damping, True))
         target = nbytes * (1 - tolerance / 2)
-        fits: tuple[float, PackedWeight] | None = None  # the finest grid known to fit, as (log step, packed)
-        over: tuple[float, int] | None = None  # the coarsest known not to
+        fits: tuple[float, float, PackedWeight] | None = None  # (log step, step, packed), the largest known to fit
+        over: tuple[float, float, PackedWeight] | None = None  # the latest known not to
+        larger: float | None = None
         at = math.log(float(options["step"]))
         for _ in range(_FIT_ROUNDS):
-            packed = next(self._ladder(layer, factors, [math.exp(at)], columns))
+            step = float(f"{math.exp(at):.6g}")
+            packed = next(self._ladder(layer, factors, [step], columns))
             if packed.nbytes > nbytes:
-                over = at, packed.nbytes
-            elif fits is None or packed.nbytes > fits[1].nbytes:
-                fits = at, packed
-            if fits and fits[1].nbytes >= (1 - tolerance) * nbytes:
+                over = at, step, packed
+                larger = min(larger or step, step)
+            elif fits is None or packed.nbytes > fits[2].nbytes:
+                fits = at, step, packed
+            if fits and fits[2].nbytes >= (1 - tolerance) * nbytes:
                 break
             if fits and over:  # between the two: regula falsi, kept off the ends
-                share = math.log(target / fits[1].nbytes) / math.log(over[1] / fits[1].nbytes)
+                share = math.log(target / fits[2].nbytes) / math.log(over[2].nbytes / fits[2].nbytes)
                 at = fits[0] + min(max(share, 0.1), 0.9) * (over[0] - fits[0])
             else:  # one more bit a weight for half the step
                 bits = (target - packed.nbytes) * 8 / layer.weight.numel()
                 at -= max(-0.7, min(0.7, bits * math.log(2) * (1.0 if bits > 0 else 1.5)))
-        if fits is None:
-            return packed, {**options, "step": math.exp(at)}
-        return fits[1], {**options, "step": math.exp(fits[0])}
+        _, step, packed = fits or over or (at, step, packed)
+        missed = fits and packed.nbytes < (1 - tolerance) * nbytes  # codes too few for a table: whole bits a weight
+        return Fit(packed, {**options, "step": step}, {**options, "step": larger} if missed and larger else None)
 
     def _ladder(
         self, layer: LayerView, factors: list[tuple[slice, Factor]], steps: list[float], columns: bool

@@ -28,10 +28,12 @@ from .contract import Compressor, LayerView, compressor
 from .data import Call
 from .lockstep import Halt, lockstep
 from .observe import Observation, evaluating
-from .plan import Choice, Plan
+from .plan import Choice, Plan, SplitChoice
 
 #: Share of the reference's second moment added on both sides of the least squares problem.
 RIDGE = 0.1
+
+_DIVIDE_ROUNDS = 12
 
 Progress = Callable[[str, int, int], None]
 
@@ -71,18 +73,12 @@ def realise(
 
     def finish(site: WeightSite, view: LayerView) -> Tensor:
         choice = plan.choices[site.name]
-        packed, options = pack(view, choice)
+        packed, made = pack(view, choice)
         decoded = packed.decode()
         site.parameter.copy_(site.to_parameter(decoded))
         done.packed[site.name] = packed
         original = dataclasses.replace(observation.views[site.name], weight=site_reference[site.name].matrix())
-        done.choices[site.name] = Choice(
-            choice.method,
-            options,
-            packed.nbytes,
-            original.distortion(decoded),
-            choice.split if isinstance(packed, Split) else None,
-        )
+        done.choices[site.name] = dataclasses.replace(made, distortion=original.distortion(decoded))
         if site.name in keep:
             done.views[site.name] = view
         progress("compress", len(done.packed), len(sites))
@@ -110,28 +106,56 @@ def realise(
     return done
 
 
-def pack(view: LayerView, choice: Choice) -> tuple[PackedWeight, dict[str, Any]]:
-    """Make one layer's packed weight as its plan line says; towards the planned bytes where the method has a knob for it."""
-    method = compressor(choice.method)
-    split = choice.split
-    if choice.nbytes is not None and is_adjustable(choice.method) and (split is None or is_adjustable(split.method)):
-        return method.fit(view, choice.options, choice.nbytes)
-    if split is None:
-        return method.compress(view, **choice.options), dict(choice.options)
-    return split_rows(view, choice, round(split.fraction * view.rows)), dict(choice.options)
+def pack(view: LayerView, choice: Choice) -> tuple[PackedWeight, Choice]:
+    """Make one layer's packed weight as its plan line says, and the line that says what was made.
+
+    Where the line predicts bytes they are a target: methods with a knob are turned towards it, divided layers are divided anew.
+    """
+    method, split, target = compressor(choice.method), choice.split, choice.nbytes
+    if target is not None and is_adjustable(choice.method) and (split is None or is_adjustable(split.method)):
+        packed, options, larger = method.fit(view, choice.options, target)
+        made = dataclasses.replace(choice, options=options, split=None)
+        if larger is not None:
+            parts = dataclasses.replace(made, split=SplitChoice(choice.method, larger, 0.5))
+            divided = divide(view, parts, target)
+            if divided is not None and divided[0].nbytes > packed.nbytes:
+                return divided
+    elif split is None:
+        packed, made = method.compress(view, **choice.options), choice
+    elif target is not None and (divided := divide(view, choice, target)) is not None:
+        return divided
+    else:
+        packed, made = _divided(view, choice, round(split.fraction * view.rows)), choice
+    return packed, dataclasses.replace(made, nbytes=packed.nbytes)
 
 
-def split_rows(view: LayerView, choice: Choice, second_rows: int) -> PackedWeight:
+def divide(view: LayerView, choice: Choice, nbytes: int) -> tuple[PackedWeight, Choice] | None:
+    """Give as many rows to the split's method as `nbytes` allows; None if not even one row each way fits."""
+    assert choice.split is not None
+    low, high, best = 1, view.rows - 1, None
+    for _ in range(_DIVIDE_ROUNDS):
+        if low > high:
+            break
+        middle = (low + high) // 2
+        packed = _divided(view, choice, middle)
+        if packed.nbytes <= nbytes:
+            best, low = (packed, middle), middle + 1
+        else:
+            high = middle - 1
+    if best is None:
+        return None
+    split = dataclasses.replace(choice.split, fraction=best[1] / view.rows)
+    return best[0], dataclasses.replace(choice, nbytes=best[0].nbytes, split=split)
+
+
+def _divided(view: LayerView, choice: Choice, second_rows: int) -> PackedWeight:
     """The `second_rows` rows that count most by the split's method, the others by the first."""
     assert choice.split is not None
     loss = view.row_weight * view.weight.double().pow(2).sum(1)
     take = torch.zeros(view.rows, dtype=torch.bool)
     take[torch.argsort(loss, descending=True, stable=True)[:second_rows]] = True
-    parts = [
-        compressor(method).compress(_rows_of(view, rows), **options)
-        for method, options, rows in ((choice.method, choice.options, ~take), (choice.split.method, choice.split.options, take))
-    ]
-    return Split.from_parts(take, *parts)
+    plans = ((choice.method, choice.options, ~take), (choice.split.method, choice.split.options, take))
+    return Split.from_parts(take, *(compressor(m).compress(_rows_of(view, rows), **options) for m, options, rows in plans))
 
 
 def _rows_of(view: LayerView, rows: Tensor) -> LayerView:

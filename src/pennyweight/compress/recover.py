@@ -108,6 +108,7 @@ def _spread(values: Tensor, packed: Integer) -> Tensor:
     return values if values.shape[1] == 1 else values.repeat_interleave(packed.group, 1)[:, : packed.shape[1]]
 
 
+@torch.enable_grad()
 def recover(
     model: nn.Module,
     reference: nn.Module,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,8 @@ from .data import Call, Output, calls, output_tensor
 from .norms import fold_batch_norm
 from .observe import Loss, Observation, observe, weight_only_view
 from .plan import Choice, LayerInfo, Plan
-from .realise import Realised, is_adjustable, pack, realise, split_rows
+from .recover import recover as distil
+from .realise import Realised, is_adjustable, pack, realise
 
 #: What competes by default, and what a preset allows.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -128,14 +130,15 @@ def shrink(
     solver: str = "hull",
     sequential: bool = True,
     recover: int = 0,
+    recover_data: Any = None,
     seed: int = 0,
     progress: Progress = _silent,
 ) -> nn.Module:
     """The best network of a size: a packed copy of the model whose saved files fit the budget and use at least 99 % of it.
 
     Arguments as for `plan`; or plan=, a (perhaps edited) plan to carry out. sequential: recalibrate each layer on inputs
-    from the layers already compressed. recover: optimizer steps of label-free distillation against the original.
-    Raises BudgetError (with the smallest reachable size), DataError, WeightError, PlanError, UnknownNameError.
+    from the layers already compressed. recover: optimizer steps of label-free distillation against the original,
+    on recover_data (more batches like data; data itself if None). Raises BudgetError (with the smallest reachable size), DataError, WeightError, PlanError, UnknownNameError.
     """
     job = _prepare(model, data)
     reference = copy.deepcopy(job.model)
@@ -159,14 +162,22 @@ def shrink(
     )
     recovered = None
     if recover:
-        from .recover import recover as distil
-
         recovered = distil(
-            job.model, reference, job.batches, job.sites, done, plan.budget, output=output, steps=recover, seed=seed, progress=progress
+            job.model,
+            reference,
+            job.batches if recover_data is None else calls(job.model, recover_data),
+            job.sites,
+            done,
+            plan.budget,
+            output=output,
+            steps=recover,
+            observation=observation if recover_data is None else None,
+            seed=seed,
+            progress=progress,
         )
     size_now = _settle(job, observation, plan, done, largest, recovered is not None)
-    round_to_stored(job.model)
     small = install(job.model, done.packed)
+    round_to_stored(small)
     final = dataclasses.replace(plan, choices={s.name: done.choices[s.name] for s in job.sites})
     small._pennyweight = Record(final, size_now, recovered=recovered)  # type: ignore[assignment]
     return small
@@ -265,25 +276,32 @@ def _allocate(
 
 def _adopt(plan: Plan, job: _Job, size: int | str | None, bits: float | None, ratio: float | None) -> Plan:
     """A plan given by the user, checked against the model; a budget given beside it replaces the plan's."""
-    plan.validate([site.name for site in job.sites], [entry.name for entry in registry.methods("compress")])
+    options = {
+        entry.name: [name for name in inspect.signature(entry.target.compress).parameters if name not in ("self", "layer")]
+        for entry in registry.methods("compress")
+    }
+    plan.validate([site.name for site in job.sites], options)
     if any(value is not None for value in (size, bits, ratio)):
         plan = dataclasses.replace(plan, budget=_budget(job, size, bits, ratio))
     return plan
 
 
 def _knob(plan: Plan, sites: Sequence[WeightSite]) -> str | None:
-    """The layer whose size is settled last: the one with most bytes among those that can take any size."""
-    adjustable = [
-        (plan.choices[s.name].nbytes or 0, s.name) for s in sites if is_adjustable(plan.choices[s.name].method)
+    """The layer whose size is settled last: the one with most bytes among those that can take (nearly) any size."""
+    able = [
+        (plan.choices[s.name].nbytes or s.parameter.numel(), s.name)
+        for s in sites
+        if is_adjustable(plan.choices[s.name].method) or plan.choices[s.name].split is not None
     ]
-    return max(adjustable)[1] if adjustable else None
+    return max(able)[1] if able else None
 
 
-def _settle(
-    job: _Job, observation: Observation, plan: Plan, done: Realised, knob: str | None, exact: bool
-) -> int:
-    """Bring the files to the budget: never above it, and not more than a fraction of a percent below. Returns their size."""
-    sites = {site.name: site for site in job.sites}
+def _settle(job: _Job, observation: Observation, plan: Plan, done: Realised, knob: str | None, trained: bool) -> int:
+    """Bring the files to the budget: never above it, and not more than a fraction of a percent below. Returns their size.
+
+    trained: codes come from recovery and are only touched if the files would not fit.
+    """
+    site = next((s for s in job.sites if s.name == knob), None)
 
     def total() -> int:
         return predict_bytes(job.model, {name: packed.nbytes for name, packed in done.packed.items()})
@@ -293,30 +311,24 @@ def _settle(
         return total()
     for _ in range(_SETTLE_ROUNDS):
         slack = budget - total()
-        if 0 <= slack <= max(0.002 * budget, 16):
+        if site is None or 0 <= slack <= max(0.001 * budget, 16) or (trained and slack >= 0):
             break
-        if knob is None or (exact and slack >= 0):
+        choice, packed = done.choices[site.name], done.packed[site.name]
+        target = packed.nbytes + slack - (8 if slack < 0 else 0)
+        if target < 16:
             break
-        name, view = knob, done.views[knob]
-        choice = done.choices[name]
-        assert choice.nbytes is not None
-        wanted = dataclasses.replace(choice, nbytes=choice.nbytes + slack - (2 if slack < 0 else 0), split=None)
-        if wanted.nbytes is None or wanted.nbytes < 16:
+        new, made = pack(done.views[site.name], dataclasses.replace(choice, nbytes=target))
+        if slack > 0 and not packed.nbytes < new.nbytes <= target:
             break
-        packed, options = pack(view, wanted)
-        if slack > 0 and packed.nbytes <= choice.nbytes:
-            break
-        decoded = packed.decode()
+        decoded = new.decode()
         with torch.no_grad():
-            sites[name].parameter.copy_(sites[name].to_parameter(decoded))
-        done.packed[name] = packed
-        done.choices[name] = dataclasses.replace(
-            choice, options=options, nbytes=packed.nbytes, distortion=observation.views[name].distortion(decoded), split=None
-        )
+            site.parameter.copy_(site.to_parameter(decoded))
+        done.packed[site.name] = new
+        done.choices[site.name] = dataclasses.replace(made, distortion=observation.views[site.name].distortion(decoded))
     size = total()
     if size > budget:
         raise BudgetError(
-            f"the layers came out at {size:,} bytes, over the budget of {budget:,}, and none of the chosen methods has a knob; "
+            f"the layers came out at {size:,} bytes, over the budget of {budget:,}, and no chosen method can be adjusted; "
             "allow entropy-gptq or raise the budget"
         )
     return size

@@ -27,8 +27,8 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    # The module registers itself at its end. Should it not import, with a transformers that lacks what it needs, that is
-    # no reason to break transformers for everybody: `pennyweight.load` will say so.
+    # The module registers itself at its end. Should it not import, with a transformers that lacks what it needs, that
+    # is no reason to break transformers for everybody: `pennyweight.load` will say so.
     with contextlib.suppress(ImportError):
         importlib.import_module("pennyweight.integrations.transformers")
 

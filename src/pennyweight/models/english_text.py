@@ -1,7 +1,7 @@
 """English prose that every Python carries, for text models when the user gives no data.
 
-Source: `pydoc_data.topics`, the language reference as plain text. A fifth of its sentences is held out, so that what was
-calibrated on is never what fidelity is measured on.
+Source: `pydoc_data.topics`, the language reference as plain text. A fifth of its sentences is held out, so that what
+fidelity is measured on was never calibrated on.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def load_pretrained(directory: str | Path, class_name: str | None = None) -> nn.
     model_class = getattr(transformers, name, None)
     if model_class is None:
         raise ArtifactError(
-            f"{path} needs {name}, which transformers {transformers.__version__} lacks: upgrade it, or give a module:factory"
+            f"{path} needs {name}, which transformers {transformers.__version__} lacks: upgrade it, or give "
+            "a module:factory"
         )
     try:
         with quiet_transformers():
@@ -81,7 +82,9 @@ def quiet_transformers() -> Iterator[None]:
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / artifact.CONFIG
     if not file.is_file():
-        raise ArtifactError(f"{path} has no config.json; give a directory that save_pretrained wrote, or a module:factory")
+        raise ArtifactError(
+            f"{path} has no config.json; give a directory that save_pretrained wrote, or a module:factory"
+        )
     try:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:

@@ -135,7 +135,7 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
     patterns = ("*token*.json", "*.txt", "merges.*", "vocab.*", "*.model", MODULES, "*sentence*.json")
     files = {f for p in patterns for f in source.glob(p) if f.is_file()} - {source / "config.json"}
     if is_sentence_encoder(source):
-        files |= {f for f in (source / _pooling_folder(source)).glob("*.json")}
+        files |= set((source / _pooling_folder(source)).glob("*.json"))
     try:
         for file in sorted(files):
             copy = target / file.relative_to(source)
@@ -143,7 +143,9 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
             if copy.resolve() != file.resolve():
                 shutil.copyfile(file, copy)
     except OSError as error:
-        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; the tokenizer is missing there") from error
+        raise ArtifactError(
+            f"cannot write {target}: {error.strerror or error}; the tokenizer is missing there"
+        ) from error
 
 
 def _pooling_folder(path: Path) -> str:
@@ -191,5 +193,3 @@ def _read_json(path: Path, default: Any = None) -> Any:
         raise ArtifactError(f"{path} is missing; get the whole directory of the sentence encoder") from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); get the file again") from error
-
-

@@ -1,0 +1,157 @@
+"""pennyweight inspect, eval, methods."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .. import registry
+from ..artifact import REPORT, read_artifact
+from ..bench.fidelity import embedding_fidelity, median_milliseconds, output_fidelity
+from ..compress.data import calls
+from ..compress.shrink import PRESETS
+from ..errors import ArtifactError, DataError
+from ..report import report_artifact
+from .screen import Json, Quiet, Screen
+from .shrinking import Data, Samples, summary
+from .sources import Source, load_data, load_packed, load_source
+
+Directory = Annotated[Path, typer.Argument(help="A directory that pennyweight shrink wrote.")]
+
+
+def inspect(directory: Directory, as_json: Json = False) -> None:
+    """What a shrunk model consists of, layer by layer; its checksum is verified."""
+    screen = Screen(as_json)
+    made = report_artifact(directory)
+    if as_json:
+        screen.json(made.to_dict() | {"checksum": "ok"})
+        return
+    screen.show(made.table())
+    screen.line(summary(made))
+    screen.line("[green]checksum ok[/]")
+
+
+def evaluate(
+    directory: Directory,
+    reference: Annotated[
+        str | None, typer.Option(help="The original MODEL; the default is what it was made from.")
+    ] = None,
+    data: Data = None,
+    samples: Samples = 256,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How far a shrunk model has moved from the original, and the milliseconds either takes."""
+    screen = Screen(as_json, quiet)
+    with screen.working() as progress:
+        read_artifact(directory)  # damage is told before anything long begins
+        original = load_source(reference or _made_from(directory))
+        small = load_packed(directory, original)
+        progress("loading", 1, 3)
+        batches = load_data(data, original, samples, held_out=True)
+        if batches is None:
+            raise DataError(f"{original.name} has no tokenizer, so there is no text to try; give --data")
+        if data is None:
+            screen.note("no --data: measuring on held-out sentences of Python's English documentation")
+        result = _fidelity(original, small, batches)
+        progress("measuring fidelity", 2, 3)
+        first = calls(original.model, batches)[len(batches) // 2]
+        before, after = (median_milliseconds(lambda m=m: first(m), 7) for m in (original.model.eval(), small.model))
+        progress("measuring time", 3, 3)
+    result |= {"batch_size": first.size, "ms_before": before, "ms_after": after}
+    if as_json:
+        screen.json(result | {"reference": original.name, "directory": str(directory)})
+        return
+    table = Table(title=f"{directory} against {escape(original.name)}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for key, value in result.items():
+        table.add_row(_FIGURES[key], f"{value:.4f}" if key in _SHARES else f"{value:.3g}")
+    screen.show(table)
+
+
+_SHARES = ("cosine", "spearman", "relative_error", "top1_agreement")
+_FIGURES = {
+    "cosine": "mean cosine of the embeddings",
+    "spearman": "Spearman of pairwise similarities",
+    "relative_error": "relative error of the output",
+    "top1_agreement": "same class ranked first",
+    "batch_size": "samples in the timed batch",
+    "ms_before": "ms a batch, original",
+    "ms_after": "ms a batch, small",
+}
+
+
+def _fidelity(original: Source, small: Source, batches: list[Any]) -> dict[str, float]:
+    if original.encoder is None:
+        return output_fidelity(original.model, small.model, batches, original.output)
+    if small.encoder is None:
+        raise ArtifactError(f"{small.name} has no modules.json; copy it from {original.name}, or shrink again")
+    embeddings = []
+    with torch.no_grad():
+        for source, encoder in ((original, original.encoder), (small, small.encoder)):
+            parts = [encoder.output(call(source.model), call) for call in calls(source.model, batches)]
+            embeddings.append(torch.cat(parts))
+    return embedding_fidelity(*embeddings)
+
+
+def _made_from(directory: Path) -> str:
+    """The model named in report.json. Only a directory is taken from there: a factory would be code to run."""
+    try:
+        source = json.loads((directory / REPORT).read_bytes())["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        source = None
+    if not isinstance(source, str) or not Path(source).is_dir():
+        raise ArtifactError(f"{directory} does not say from which local directory it was made; give --reference MODEL")
+    return source
+
+
+def methods(as_json: Json = False) -> None:
+    """The methods there are, their options, and the papers behind them."""
+    screen = Screen(as_json)
+    entries = registry.methods()
+    if as_json:
+        screen.json(
+            [
+                {
+                    "name": entry.name,
+                    "acts_on": entry.acts_on,
+                    "paper": entry.paper or None,
+                    "description": entry.description,
+                    "options": _options(entry),
+                    "presets": _presets(entry),
+                }
+                for entry in entries
+            ]
+        )
+        return
+    for place, title in (("compress", "methods that shrink"), ("formats", "formats they store weights in")):
+        here = [entry for entry in entries if entry.acts_on == place]
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for column in ("name", "what it does", *(("options", "paper") if place == "compress" else ())):
+            table.add_column(column, overflow="fold", no_wrap=column in ("name", "paper"))
+        for entry in here:
+            more = [", ".join(_options(entry)), entry.paper] if place == "compress" else []
+            table.add_row(entry.name, entry.description, *more)
+        screen.show(table)
+    for name, members in PRESETS.items():
+        screen.line(f"preset [bold]{name}[/]: {', '.join(members)}")
+
+
+def _options(entry: registry.Entry) -> list[str]:
+    if entry.acts_on != "compress":
+        return []
+    parameters = python_inspect.signature(entry.target.compress).parameters.values()
+    return [p.name for p in parameters if p.name not in ("self", "layer") and p.kind is not p.VAR_KEYWORD]
+
+
+def _presets(entry: registry.Entry) -> list[str]:
+    return [name for name, names in PRESETS.items() if entry.acts_on == "compress" and entry.name in names]

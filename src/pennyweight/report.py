@@ -1,0 +1,463 @@
+"""What became of a model: bytes, bits, multiplications, distortion, a row a layer.
+
+    report = pw.report(small, inputs=batch, original=model)
+    print(report);  report.save("report.html");  report.save("report.json")
+
+inputs and original are optional: the first counts multiplications, the second draws the weights as they were.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from .artifact import PLAN, read_artifact
+from .bundle import config_json, file_bytes, pack_rest
+from .compress.data import calls
+from .compress.observe import evaluating
+from .compress.plan import Plan
+from .compress.shrink import Record
+from .errors import ArtifactError, WeightError
+from .formats import Binary, Codebook, Dense16, Integer, LowRank, PackedWeight, Sparse, Split
+from .layers.packed import packed_blobs, packed_weights
+from .layers.sites import weight_sites
+
+#: Layers drawn with a histogram: the largest so many.
+HISTOGRAMS = 12
+_BINS = 61
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of a weight's values in equal bins from `low` to `high`; values outside count in the outermost bins.
+
+    before: of the original, None where it is not known. after: of the decoded weight.
+    """
+
+    low: float
+    high: float
+    before: list[int] | None
+    after: list[int]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One packed weight. What is not known is None.
+
+    name: in the state dict. shape: of the parameter (without a plan, of its matrix). method: what the plan says.
+    storage: the format in words. parts: (kind of storage, bytes); several for a divided layer. nbytes: on disk.
+    original_bytes: in the original file. weights: how many. distortion, sensitivity: see `compress.observe`.
+    macs: multiplications a sample by "weight bits x input bits".
+    """
+
+    name: str
+    kind: str | None
+    shape: tuple[int, ...]
+    method: str | None
+    storage: str
+    parts: list[tuple[str, int]]
+    nbytes: int
+    original_bytes: int | None
+    weights: int
+    distortion: float | None = None
+    sensitivity: float | None = None
+    macs: dict[str, int] | None = None
+    histogram: Histogram | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.weights
+
+
+@dataclass
+class Report:
+    """See the module. size: bytes of the files needed to load the model; other_bytes: those of them outside the layers.
+
+    parameters: of the whole model. frontier: (bytes, distortion) of the best plans at other sizes, largest first.
+    recovered: loss before and after recovery training, if there was any. plan: as carried out; None for a loaded model.
+    """
+
+    layers: list[LayerRow]
+    size: int
+    parameters: int
+    original_bytes: int | None = None
+    budget: int | None = None
+    solver: str | None = None
+    frontier: list[tuple[int, float]] = field(default_factory=list)
+    recovered: tuple[float, float] | None = None
+    name: str = "model"
+    plan: Plan | None = None
+
+    @property
+    def other_bytes(self) -> int:
+        return self.size - sum(row.nbytes for row in self.layers)
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits on disk per parameter, everything counted."""
+        return 8 * self.size / self.parameters
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times smaller than the original weights."""
+        return self.original_bytes / self.size if self.original_bytes else None
+
+    @property
+    def distortion(self) -> float | None:
+        """Sum over the layers; None if some layer's is not known."""
+        values = [row.distortion for row in self.layers]
+        return None if None in values else math.fsum(v for v in values if v is not None)
+
+    @property
+    def macs(self) -> dict[str, int] | None:
+        """Multiplications a sample by "weight bits x input bits"; None without inputs."""
+        if all(row.macs is None for row in self.layers):
+            return None
+        total: dict[str, int] = {}
+        for row in self.layers:
+            _add(total, row.macs or {})
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    @property
+    def smallest(self) -> int | None:
+        """The smallest size that the methods allowed could have reached."""
+        return self.frontier[-1][0] if self.frontier else None
+
+    def predicted_distortion(self, size: float) -> float | None:
+        """Of the best plan at another size, read off the frontier; None outside it."""
+        if not self.frontier or not self.frontier[-1][0] <= size <= self.frontier[0][0]:
+            return None
+        sizes, distortions = zip(*reversed(self.frontier))
+        return float(np.interp(size, sizes, distortions))
+
+    @property
+    def step(self) -> int:
+        """A round number of bytes, 1 to 10 % of the size, for "what would so much more buy"."""
+        return 10 ** max(len(str(self.size)) - 2, 0)
+
+    def gain_of_more(self, extra: int) -> float | None:
+        """Share of the predicted distortion that `extra` more bytes would take away; None where not known."""
+        now, then = self.predicted_distortion(self.size), self.predicted_distortion(self.size + extra)
+        return None if now is None or then is None or now == 0 else 1 - then / now
+
+    def heaviest(self, n: int = 5) -> list[LayerRow]:
+        """The layers with most bytes."""
+        return sorted(self.layers, key=lambda row: (-row.nbytes, row.name))[:n]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but histograms and plan, as plain values that JSON can hold."""
+        rows = []
+        for row in self.layers:
+            values = asdict(row)
+            del values["histogram"]
+            rows.append(values | {"bits_per_weight": row.bits_per_weight})
+        return {
+            "name": self.name,
+            "size": self.size,
+            "original_bytes": self.original_bytes,
+            "ratio": self.ratio,
+            "budget": self.budget,
+            "parameters": self.parameters,
+            "effective_bits": self.effective_bits,
+            "distortion": self.distortion,
+            "other_bytes": self.other_bytes,
+            "macs": self.macs,
+            "recovered": self.recovered,
+            "solver": self.solver,
+            "smallest": self.smallest,
+            "layers": rows,
+            "frontier": [list(point) for point in self.frontier],
+        }
+
+    def table(self) -> Table:
+        """A row a layer, totals at the foot."""
+        table = Table(show_footer=True)
+        table.add_column("layer", f"{len(self.layers)} layers and {self.other_bytes:,} other bytes", overflow="fold")
+        table.add_column("shape", no_wrap=True)
+        table.add_column("stored as", overflow="fold")
+        table.add_column("bytes", f"{self.size:,}", justify="right", no_wrap=True)
+        table.add_column("bits/weight", f"{self.effective_bits:.2f}", justify="right")
+        known = self.distortion
+        if known is not None:
+            table.add_column("distortion", f"{known:.4g}", justify="right")
+        for row in self.layers:
+            cells = [escape(row.name), "x".join(map(str, row.shape)), row.storage, f"{row.nbytes:,}"]
+            cells.append(f"{row.bits_per_weight:.2f}")
+            table.add_row(*cells, *([f"{row.distortion:.4g}"] if known is not None else []))
+        return table
+
+    def to_html(self) -> str:
+        """One self-contained page."""
+        from .report_page import page
+
+        return page(self)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write report.html or report.json, told by the suffix. Raises ArtifactError if the file cannot be written."""
+        target = Path(path)
+        if target.suffix == ".html":
+            text = self.to_html()
+        elif target.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        else:
+            raise ArtifactError(f"a report is saved as .html or .json, not as {target.name!r}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ArtifactError(f"cannot write {target}: {error.strerror or error}") from error
+        return target
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=140).print(self.table())
+        return out.getvalue()
+
+
+def report(
+    model: nn.Module, *, inputs: Any = None, original: nn.Module | None = None, name: str | None = None
+) -> Report:
+    """The report of a packed model, from `shrink` or `load` (the latter knows neither plan nor distortion).
+
+    inputs: calibration data as `shrink` takes it; its first batch is run to count multiplications. original: the model
+    before, for the histograms. name: heads the page. Raises WeightError if the model is not packed.
+    """
+    packed = packed_weights(model)
+    if not packed:
+        raise WeightError(f"{type(model).__name__} holds no packed weight; report what shrink or load returns")
+    blobs = {names[0]: len(blob) for names, blob in packed_blobs(model).items()}
+    record = getattr(model, "_pennyweight", None)
+    plan = record.plan if isinstance(record, Record) else None
+    made = _build(
+        packed,
+        plan,
+        size=file_bytes(blobs, len(pack_rest(model)), len(config_json(model))),
+        parameters=sum(math.prod(w.shape) for w in packed.values()) + sum(p.numel() for p in model.parameters()),
+        macs=_count_macs(model, packed, inputs) if inputs is not None else None,
+        histograms=_histograms(model, packed, original),
+    )
+    made.name = name or type(model).__name__
+    made.recovered = record.recovered if isinstance(record, Record) else None
+    return made
+
+
+def report_artifact(directory: str | os.PathLike[str]) -> Report:
+    """The report of a saved model, without making the model; with the plan, if plan.yaml is there.
+
+    Raises ArtifactError if the files are damaged, and PlanError if the plan is.
+    """
+    path = Path(directory)
+    artifact = read_artifact(path)
+    packed = artifact.packed_weights()
+    return _build(
+        packed,
+        Plan.load(path / PLAN) if (path / PLAN).is_file() else None,
+        size=artifact.nbytes,
+        parameters=sum(math.prod(w.shape) for w in packed.values()) + sum(t.numel() for t in artifact.rest.values()),
+        name=path.resolve().name,
+    )
+
+
+def _build(
+    packed: Mapping[str, PackedWeight],
+    plan: Plan | None,
+    *,
+    size: int,
+    parameters: int,
+    macs: Mapping[str, dict[str, int]] | None = None,
+    histograms: Mapping[str, Histogram] | None = None,
+    name: str = "model",
+) -> Report:
+    rows = []
+    for layer, weight in packed.items():
+        info = plan.layers.get(layer) if plan else None
+        choice = plan.choices.get(layer) if plan else None
+        rows.append(
+            LayerRow(
+                name=layer,
+                kind=info.kind if info else None,
+                shape=info.shape if info else tuple(weight.shape),
+                method=_rounded(choice.label) if choice else None,
+                storage=storage(weight),
+                parts=_parts(weight),
+                nbytes=weight.nbytes,
+                original_bytes=info.original_bytes if info else None,
+                weights=math.prod(weight.shape),
+                distortion=choice.distortion if choice else None,
+                sensitivity=info.sensitivity if info else None,
+                macs=macs.get(layer, {}) if macs is not None else None,
+                histogram=(histograms or {}).get(layer),
+            )
+        )
+    made = Report(rows, size, parameters, name=name)
+    if plan is not None:
+        made.original_bytes, made.budget, made.solver = plan.original_bytes, plan.budget, plan.solver
+        made.frontier, made.plan = list(plan.frontier), plan
+    return made
+
+
+# ------------------------------------------------------------------------------------------------ formats in words
+
+
+def storage(packed: PackedWeight) -> str:
+    """How a weight is stored, in words: "3-bit codes, groups of 64"."""
+    rows, cols = packed.shape
+    if isinstance(packed, Dense16):
+        return f"dense {str(packed.halves.dtype).removeprefix('torch.')}"
+    if isinstance(packed, Integer):
+        bits = 8 * packed.nbytes / (rows * cols)
+        coded = (
+            f"{packed.bits}-bit codes" if bits > packed.bits else f"{packed.bits}-bit codes, range-coded to {bits:.2g}"
+        )
+        return coded + _groups(packed.group, cols)
+    if isinstance(packed, Binary):
+        return "signs" + _groups(packed.group, cols)
+    if isinstance(packed, Sparse):
+        return f"sparse, {100 * _kept(packed) / (rows * cols):.3g} % kept"
+    if isinstance(packed, LowRank):
+        rank = packed.left.shape[1]
+        return f"rank {rank} ({storage(packed.left)})" if rank else "rank 0 (all zero)"
+    if isinstance(packed, Codebook):
+        entries, width = packed.codebook.halves.shape
+        return f"codebook of {entries} blocks of {width}"
+    if isinstance(packed, Split):
+        share = 100 * packed.second.shape[0] / rows
+        return f"{storage(packed.first)}; {share:.3g} % of rows {storage(packed.second)}"
+    return packed.format
+
+
+def _rounded(label: str) -> str:
+    """A plan's label with its fractions to four digits."""
+    return re.sub(r"\d+\.\d{4,}(e-?\d+)?", lambda number: f"{float(number[0]):.4g}", label)
+
+
+def _groups(group: int, cols: int) -> str:
+    return f", groups of {group}" if 0 < group < cols else ", a scale a row"
+
+
+def _kept(packed: Sparse) -> int:
+    return int(packed.mask.all().sum())
+
+
+def _parts(packed: PackedWeight) -> list[tuple[str, int]]:
+    """(format, bytes) of the parts of a divided weight; its own header and bitmap count with the first."""
+    if not isinstance(packed, Split):
+        return [(packed.format, packed.nbytes)]
+    first, second = _parts(packed.first), _parts(packed.second)
+    own = packed.nbytes - sum(size for _, size in (*first, *second))
+    merged: dict[str, int] = {}
+    for kind, size in ((first[0][0], own), *first, *second):
+        merged[kind] = merged.get(kind, 0) + size
+    return list(merged.items())
+
+
+# --------------------------------------------------------------------------------------------------- multiplications
+
+
+def _weight_macs(packed: PackedWeight) -> dict[str, int]:
+    """Multiplications of one input row with the weight, by what the weights are stored as."""
+    rows, cols = packed.shape
+    if isinstance(packed, Split):
+        return _add(_weight_macs(packed.first), _weight_macs(packed.second))
+    if isinstance(packed, LowRank):
+        return _add(_weight_macs(packed.left), _weight_macs(packed.right))
+    if isinstance(packed, Sparse):
+        return {"sparse": _kept(packed)}
+    if isinstance(packed, Codebook):
+        return {"codebook": rows * cols}
+    if isinstance(packed, Integer):
+        return {f"{packed.bits}-bit": rows * cols}
+    return {"1-bit" if isinstance(packed, Binary) else "16-bit": rows * cols}
+
+
+def _add(total: dict[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    for key, value in more.items():
+        total[key] = total.get(key, 0) + value
+    return total
+
+
+@torch.no_grad()
+def _count_macs(model: nn.Module, packed: Mapping[str, PackedWeight], inputs: Any) -> dict[str, dict[str, int]]:
+    """Per weight: multiplications a sample, seen on the first batch. Embeddings multiply nothing."""
+    batch = calls(model, inputs)[0]
+    counted: dict[str, dict[str, int]] = {name: {} for name in packed}
+    handles = []
+    for names in packed_blobs(model):
+        for name in names:
+            module = model.get_submodule(name.rpartition(".")[0])
+            if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                hook = _mac_hook(counted[names[0]], _weight_macs(packed[names[0]]))
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        with evaluating(model):
+            batch(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: {key: value // batch.size for key, value in counts.items()} for name, counts in counted.items()}
+
+
+def _mac_hook(counts: dict[str, int], per_row: Mapping[str, int]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        first = (args or tuple(kwargs.values()))[0]
+        seen = first.data if isinstance(first, nn.utils.rnn.PackedSequence) else first
+        transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        if hasattr(module, "out_channels"):
+            positions = seen.numel() // module.in_channels if transposed else result.numel() // module.out_channels
+        else:
+            positions = seen.numel() // seen.shape[-1]
+        input_bits = getattr(getattr(module, "input_quantizer", None), "bits", 32)
+        _add(counts, {f"{key} x {input_bits}-bit": value * positions for key, value in per_row.items()})
+
+    return hook
+
+
+# -------------------------------------------------------------------------------------------------------- histograms
+
+
+def _histograms(
+    model: nn.Module, packed: Mapping[str, PackedWeight], original: nn.Module | None
+) -> dict[str, Histogram]:
+    """Of the largest layers. Where a batch norm was folded into a layer, the original is drawn folded, too."""
+    largest = sorted(packed, key=lambda name: (-math.prod(packed[name].shape), name))[:HISTOGRAMS]
+    before = _original_matrices(model, original, largest) if original is not None else {}
+    return {name: _histogram(packed[name].decode(), before.get(name)) for name in largest}
+
+
+def _histogram(after: Tensor, before: Tensor | None) -> Histogram:
+    reach = 4 * float((after if before is None else before).double().pow(2).mean().sqrt()) or 1.0
+
+    def counts(values: Tensor) -> list[int]:
+        edges = np.linspace(-reach, reach, _BINS + 1)
+        return np.histogram(values.clamp(-reach, reach).numpy(), bins=edges)[0].tolist()
+
+    return Histogram(-reach, reach, None if before is None else counts(before), counts(after))
+
+
+def _original_matrices(model: nn.Module, original: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    folded = [(f.layer, f.norm) for f in getattr(model, "_pennyweight_folded", [])]
+    norm_of = dict([*folded, *getattr(model, "_pennyweight_folded_before", [])])
+    found = {}
+    for site in weight_sites(original):
+        if site.name not in names:
+            continue
+        found[site.name] = site.matrix()
+        norm: Any = original.get_submodule(norm_of[site.module_name]) if site.module_name in norm_of else None
+        if norm is not None:
+            gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
+            found[site.name] *= (gamma / (norm.running_var + norm.eps).sqrt()).float()[:, None]
+    return found
