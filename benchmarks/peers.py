@@ -45,6 +45,7 @@ Batches = list[dict[str, Tensor]]
 SMALLEST_MATRIX = 1024  # weights with fewer elements stay fp16: the token types, the ResNet's first and last layer
 PACKAGES = {
     "hqq": "hqq",
+    "hqq-axis0": "hqq",
     "quanto": "optimum-quanto",
     "torchao": "torchao",
     "torchao-hqq": "torchao",
@@ -104,6 +105,7 @@ TASKS = {
             {
                 "rtn": (4, 3, (3, 2), 2, 1),
                 "hqq": (4, 3, (3, 2), 2, 1),
+                "hqq-axis0": (4, 3, (3, 2), 2, 1),
                 "quanto": (8, 4, (4, 2), 2),
                 "torchao": (8, 4, 3, (3, 2), 2, 1),
                 "torchao-hqq": (4, 3, (3, 2), 2),

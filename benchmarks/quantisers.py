@@ -122,12 +122,16 @@ def rtn_integer_zero(matrix: Tensor, bits: int) -> Stored:
 # ------------------------------------------------------------------------------------------------- hqq, quanto, torchao
 
 
-def hqq(matrix: Tensor, bits: int) -> Stored:
-    """Half-quadratic quantisation: zero points fitted by a proximal solver, no data."""
+def hqq(matrix: Tensor, bits: int, axis: int = 1) -> Stored:
+    """Half-quadratic quantisation: zero points fitted by a proximal solver, no data.
+
+    axis: 1 groups neighbours in a row (hqq's default, which its kernels want), 0 groups weights from 64 places of the
+    matrix (which its authors recommend for quality).
+    """
     Quantizer, BaseQuantizeConfig = _import("hqq.core.quantize", "Quantizer", "BaseQuantizeConfig")
-    options = BaseQuantizeConfig(nbits=bits, group_size=GROUP)["weight_quant_params"]
-    groups = matrix.reshape(-1, GROUP)
-    short = -len(groups) % (8 // bits)  # its BitPack drops last groups that fill no byte, so give it more of them
+    options = BaseQuantizeConfig(nbits=bits, group_size=GROUP, axis=axis)["weight_quant_params"]
+    groups = matrix.reshape(-1, GROUP) if axis == 1 else matrix.reshape(GROUP, -1)
+    short = -len(groups) % (8 // bits)  # its BitPack drops last rows that fill no byte, so give it more of them
     codes, meta = Quantizer.quantize(
         torch.cat([groups, groups[-1:].expand(short, -1)]), device="cpu", compute_dtype=torch.float32, **options
     )
@@ -136,6 +140,11 @@ def hqq(matrix: Tensor, bits: int) -> Stored:
         [codes, meta["scale"].half(), meta["zero"].half()],
         Quantizer.dequantize(codes, meta)[: len(groups)].view_as(matrix),
     )
+
+
+def hqq_axis0(matrix: Tensor, bits: int) -> Stored:
+    """hqq with its other grouping."""
+    return hqq(matrix, bits, axis=0)
 
 
 def quanto(matrix: Tensor, bits: int) -> Stored:
@@ -342,6 +351,7 @@ def _second_moment(model: nn.Module, layer: Any, batches: Batches) -> Tensor:
 QUANTISERS: dict[str, Callable[[nn.Module, Bits, Batches], dict[str, Stored]]] = {
     "rtn": each_matrix(rtn),
     "hqq": each_matrix(hqq),
+    "hqq-axis0": each_matrix(hqq_axis0),
     "quanto": each_matrix(quanto),
     "torchao": each_matrix(torchao),
     "torchao-hqq": each_matrix(torchao_hqq),

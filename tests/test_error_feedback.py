@@ -1,5 +1,7 @@
 """Error feedback: the accounting identity, the kernel and its reference, dead and singular inputs."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,9 @@ def _metric(cols, seed=0, rank=None):
     """Second moment of correlated inputs: a random mixture of `rank` sources whose strengths fall off."""
     generator = torch.Generator().manual_seed(seed)
     sources = rank or cols
-    strength = torch.linspace(1, 0.05, sources, dtype=torch.float64) if sources > 1 else torch.ones(1, dtype=torch.float64)
+    strength = (
+        torch.linspace(1, 0.05, sources, dtype=torch.float64) if sources > 1 else torch.ones(1, dtype=torch.float64)
+    )
     x = torch.randn(4 * cols, sources, generator=generator, dtype=torch.float64) * strength
     x = x @ torch.randn(sources, cols, generator=generator, dtype=torch.float64)
     return x.T @ x / len(x)
@@ -118,7 +122,9 @@ def test_dead_inputs_are_free_and_become_zero():
 
 
 def test_zero_metric_and_zero_weight_do_not_fail():
-    layer = LayerView("l", torch.zeros(4, 6), torch.zeros(1, 6, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
+    layer = LayerView(
+        "l", torch.zeros(4, 6), torch.zeros(1, 6, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    )
     for method in ("gptq", "entropy-gptq"):
         for candidate in compressor(method).candidates(layer):
             assert candidate.distortion == 0
@@ -127,14 +133,14 @@ def test_zero_metric_and_zero_weight_do_not_fail():
 def test_finer_steps_cost_more_and_lose_less():
     layer = _view(64, 96, _metric(96))
     offers = [c for c in compressor("entropy-gptq").candidates(layer) if c.options["columns"]]
-    assert all(a.nbytes <= b.nbytes and a.distortion >= b.distortion for a, b in zip(offers, offers[1:]))
+    assert all(a.nbytes <= b.nbytes and a.distortion >= b.distortion for a, b in itertools.pairwise(offers))
 
 
 @settings(deadline=None, max_examples=10)
 @given(st.integers(900, 6000))
 def test_fit_never_exceeds_the_size_asked_for(nbytes):
     layer = _view(96, 96, _metric(96))
-    packed, options = compressor("entropy-gptq").fit(layer, {"step": 1.0, "columns": True}, nbytes)
+    packed, options, _ = compressor("entropy-gptq").fit(layer, {"step": 1.0, "columns": True}, nbytes)
     assert 0.97 * nbytes <= packed.nbytes <= nbytes
     assert compressor("entropy-gptq").compress(layer, **options).to_bytes() == packed.to_bytes()
 

@@ -90,7 +90,9 @@ def test_a_generous_budget_is_lossless_and_the_smallest_is_named(kind):
         torch.testing.assert_close(rich(data[0]), model.eval()(data[0]), rtol=2e-2, atol=2e-2)
     with pytest.raises(BudgetError, match=r"smallest reachable is [\d,]+") as error:
         pw.shrink(model, size=300, data=data)
-    smallest = int(str(error.value).split("smallest reachable is ")[1].split(",  ")[0].split(", of")[0].replace(",", ""))
+    smallest = int(
+        str(error.value).split("smallest reachable is ")[1].split(",  ")[0].split(", of")[0].replace(",", "")
+    )
     assert pw.shrink(model, size=smallest + 200, data=data)._pennyweight.size <= smallest + 200
 
 
@@ -243,7 +245,7 @@ def test_observed_distortion_predicts_the_change_of_the_output():
     seen = observe(model, batches, sites)
     reference = torch.cat([c(model) for c in batches])
     ratios = []
-    for trial in range(6):
+    for _trial in range(6):
         noisy = copy.deepcopy(model)
         predicted = 0.0
         for site in weight_sites(noisy):
@@ -291,7 +293,9 @@ def test_sequential_recalibration_beats_layer_by_layer():
     with torch.no_grad():
         target = model(held_out)
         losses = {
-            sequential: float((pw.shrink(model, size="4kB", data=data, sequential=sequential)(held_out) - target).pow(2).mean())
+            sequential: float(
+                (pw.shrink(model, size="4kB", data=data, sequential=sequential)(held_out) - target).pow(2).mean()
+            )
             for sequential in (True, False)
         }
     assert losses[True] < losses[False]
@@ -302,9 +306,7 @@ def test_recovery_improves_and_keeps_the_promise():
     model, data = _mlp().eval(), [torch.randn(64, 24) for _ in range(4)]
     held_out = torch.randn(512, 24)
     with torch.no_grad():
-        plain, recovered = (
-            pw.shrink(model, size="3500B", data=data, recover=steps) for steps in (0, 150)
-        )
+        plain, recovered = (pw.shrink(model, size="3500B", data=data, recover=steps) for steps in (0, 150))
         errors = [float((m(held_out) - model(held_out)).pow(2).mean()) for m in (plain, recovered)]
     assert recovered._pennyweight.size <= 3500
     assert errors[1] < 0.8 * errors[0]

@@ -170,8 +170,8 @@ def _limits(report: Report) -> str:
     most = "takes" if len(heavy) == 1 else f"(the {len(heavy)} heaviest of {len(report.layers)}) take"
     facts = [f"{names} {most} <strong>{100 * share:.0f}&nbsp;%</strong> of the file."]
     facts.append(
-        f"<strong>{size_text(report.other_bytes)}</strong> ({100 * report.other_bytes / report.size:.1f}&nbsp;%) are not "
-        "packed layers: norms, biases, headers, configuration."
+        f"<strong>{size_text(report.other_bytes)}</strong> "
+        f"({100 * report.other_bytes / report.size:.1f}&nbsp;%) are not packed layers: norms, biases, headers, configuration."
     )
     if report.smallest is not None:
         facts.append(
@@ -180,7 +180,8 @@ def _limits(report: Report) -> str:
     gain = report.gain_of_more(report.step)
     if gain is not None:
         facts.append(
-            f"{size_text(report.step)} more would take away <strong>{100 * gain:.1f}&nbsp;%</strong> of the predicted distortion."
+            f"{size_text(report.step)} more would take away <strong>{100 * gain:.1f}&nbsp;%</strong> "
+            "of the predicted distortion."
         )
     worst = sorted((row for row in report.layers if row.distortion), key=lambda row: -(row.distortion or 0))[:3]
     if worst and report.distortion:
@@ -317,7 +318,8 @@ def _histogram_svg(histogram: Histogram) -> str:
         f'<path class="is" d="{outline(histogram.after)}"/>'
         f'<line class="axis" x1="0" x2="{width}" y1="{floor}" y2="{floor}"/>'
         f'<text x="0" y="{height - 2}">{histogram.low:.2g}</text>'
-        f'<text x="{width / 2}" y="{height - 2}" text-anchor="middle">0</text><text x="{width}" y="{height - 2}" text-anchor="end">{histogram.high:.2g}</text></svg>'
+        f'<text x="{width / 2}" y="{height - 2}" text-anchor="middle">0</text>'
+        f'<text x="{width}" y="{height - 2}" text-anchor="end">{histogram.high:.2g}</text></svg>'
     )
 
 

@@ -92,7 +92,7 @@ def load_packed(directory: Path, reference: Source | None) -> Source:
     elif reference is not None and _FACTORY.fullmatch(reference.name):
         model = artifact.load(directory, model=_called(reference.name))
     else:
-        raise ArtifactError(f"{directory} names no transformers model; give the module:factory of it as --reference")
+        raise ArtifactError(f"{directory} names no transformers model; give its module:factory as --reference")
     return Source(str(directory), model, directory, load_tokenizer(directory) if has_tokenizer(directory) else None)
 
 

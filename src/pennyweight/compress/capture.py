@@ -77,8 +77,10 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
     if transposed:
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride)))  # type: ignore[arg-type]
         spread[(..., *(slice(None, None, s) for s in stride))] = x  # type: ignore[union-attr]
-        pads = [(d * (k - 1) - p, d * (k - 1) - p + o) for d, k, p, o in
-                zip(dilation, kernel, module.padding, module.output_padding)]  # type: ignore[arg-type]
+        pads = [
+            (d * (k - 1) - p, d * (k - 1) - p + o)
+            for d, k, p, o in zip(dilation, kernel, module.padding, module.output_padding)
+        ]  # type: ignore[arg-type]
         x, steps = spread, (1,) * dims
         mode = "constant"
     else:

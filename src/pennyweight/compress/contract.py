@@ -86,8 +86,7 @@ class Candidate:
 
 
 class Fit(NamedTuple):
-    """A weight made towards a size: the packed weight, the options that make it again, and the options of the next larger
-    one found not to fit (None if there is none, or sizes are so dense that it does not matter)."""
+    """A weight made towards a size: packed, the options that make it again, and the options of the next larger one found not to fit (None if there is none, or sizes are so dense that it does not matter)."""
 
     packed: PackedWeight
     options: dict[str, Any]
@@ -135,6 +134,9 @@ def sample_rows(layer: LayerView, values: int) -> tuple[LayerView, float]:
     if stride <= 1 or layer.groups > 1 or layer.rows // stride < 256:
         return layer, 1.0
     part = dataclasses.replace(
-        layer, weight=layer.weight[::stride].contiguous(), row_weight=layer.row_weight[::stride].contiguous(), measure=None
+        layer,
+        weight=layer.weight[::stride].contiguous(),
+        row_weight=layer.row_weight[::stride].contiguous(),
+        measure=None,
     )
     return part, layer.rows / part.rows

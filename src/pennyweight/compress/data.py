@@ -40,14 +40,16 @@ class Call:
 def calls(model: nn.Module, data: Any) -> list[Call]:
     """Batches as calls of `model`.
 
-    data: a tensor (one batch), a mapping (one batch), or an iterable of tensors, mappings (passed as keyword arguments)
-    or tuples (passed as positional arguments; those the forward has no required place for, such as labels, are left out).
-    Raises `DataError` if there is no batch, a value is NaN or infinite, or a batch is of another kind.
+    data: a tensor (one batch), a mapping (one batch), or an iterable of tensors, mappings (passed as keyword
+    arguments) or tuples (passed as positional arguments; those the forward has no required place for, such as labels,
+    are left out). Raises `DataError` if there is no batch, a value is NaN or infinite, or a batch is of another kind.
     """
     if isinstance(data, Tensor | Call) or _is_mapping(data):
         data = [data]
     if not isinstance(data, Iterable):
-        raise DataError(f"calibration data is a {type(data).__name__}; give a tensor, a dict, or an iterable of batches")
+        raise DataError(
+            f"calibration data is a {type(data).__name__}; give a tensor, a dict, or an iterable of batches"
+        )
     found = [_call(model, batch, i) for i, batch in enumerate(data)]
     found = [call for call in found if all(t.numel() for t in call.tensors())]
     if not found:
@@ -81,7 +83,7 @@ def _call(model: nn.Module, batch: Any, index: int) -> Call:
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
         return Call(tuple(batch[: _positional_limit(model)]))
     raise DataError(
-        f"calibration batch {index} is a {type(batch).__name__}; the model takes tensors: give a tensor, a tuple or a dict"
+        f"calibration batch {index} is a {type(batch).__name__}; give a tensor, a tuple or a dict"
         + (" (tokenise text first)" if isinstance(batch, str) else "")
     )
 
@@ -118,9 +120,7 @@ def output_tensor(result: Any, call: Call | None = None) -> Tensor:
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    raise DataError(
-        f"the model returns a {type(result).__name__} in which no output tensor is found; pass output=function(result, call)"
-    )
+    raise DataError(f"the model returns a {type(result).__name__} without a tensor; pass output=function(result, call)")
 
 
 def per_sample(output: Tensor, samples: int) -> Tensor:

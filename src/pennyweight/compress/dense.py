@@ -1,4 +1,4 @@
-"""Keep a weight in half precision: the richest candidate of every layer, and the only one for layers the data never reaches."""
+"""Keep a weight in half precision: every layer's richest candidate, and the only one where the data never reaches it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LARGEST_FLOAT16 = 65504.0
 
 @register("dense", acts_on="compress", description="half precision, no compression")
 class Dense(Compressor):
-    """Options: dtype, "float16" (default; eleven bits of mantissa) or "bfloat16" (for weights beyond float16's range)."""
+    """Options: dtype, "float16" (default) or "bfloat16" (for weights beyond float16's range)."""
 
     name = "dense"
 

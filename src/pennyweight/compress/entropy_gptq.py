@@ -1,17 +1,17 @@
 """GPTQ on an unbounded uniform grid whose codes are entropy-coded.
 
-GPTQ's error feedback (2210.17323) does not care for the grid. Fixed-width integers spend b bits on every weight and 0.25-0.5 more on
-group scales; a plain uniform grid followed by an ideal entropy coder spends close to the least there is (within 0.25 bit a weight of the
-rate-distortion bound at high rates, less at low ones: Gish and Pierce 1968), and any size can be had by turning one knob, the step:
+GPTQ's error feedback (2210.17323) does not care for the grid. Fixed-width integers spend b bits on every weight and
+0.25-0.5 more on group scales; a plain uniform grid followed by an ideal entropy coder spends close to the least there
+is (within 0.25 bit a weight of the rate-distortion bound at high rates, less at low ones: Gish and Pierce 1968), and
+any size can be had by turning one knob, the step:
 
     value = code * step * rms(W) * row[r] * column[j],      code any integer, range-coded
 
-High-rate theory sets the multipliers. Column j contributes step^2/12 * column[j]^2 * d_j to a row's error, d_j = 1/U_jj^2 being what error
-feedback leaves of H_jj; the sum is least, at a given rate, when all terms are equal: column[j] ~ d_j^-1/2. In the same way row[r] ~
-row_weight[r]^-1/2: outputs the model is sensitive to, or words that occur often, get a finer grid. (`columns=False` drops column[j]: small layers
-cannot pay for it.) Multipliers have geometric mean one. One `step` for all layers of equal d would be the optimum of a whole model; the planner finds it.
-
-At low rates reconstruction in the middle of a cell is too far out (the density falls off), so +-1, +-2, ... are decoded to fitted centroids.
+High-rate theory sets the multipliers. Column j contributes step^2/12 * column[j]^2 * d_j to a row's error, d_j =
+1/U_jj^2 being what error feedback leaves of H_jj; the sum is least, at a given rate, when all terms are equal:
+column[j] ~ d_j^-1/2. In the same way row[r] ~ row_weight[r]^-1/2: outputs the model is sensitive to, or words that
+occur often, get a finer grid. (`columns=False` drops column[j]: small layers cannot pay for it.) Multipliers have
+geometric mean one. One `step` for all layers of equal d would be the optimum of a whole model; the planner finds it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from .error_feedback import Factor, by_group, feedback_uniform
 #: Steps in units of the weight's root mean square: from next to nothing (6) to half precision's own accuracy (0.006).
 STEPS = (6.0, 4.2, 3.0, 2.2, 1.6, 1.15, 0.8, 0.5, 0.28, 0.12, 0.03, 0.006)
 
-#: A row's (column's) grid is at most this many times coarser or finer than the layer's: the theory ends where codes are all zero.
+# : A row's (column's) grid is at most this many times coarser or finer than the layer's: the theory ends where codes
+# are all zero.
 SPREAD = 8.0
 
 _CHUNK_VALUES = 1 << 22
@@ -74,13 +75,11 @@ class EntropyGPTQ(Compressor):
             for step, packed in zip(steps, self._ladder(layer, factors, steps, columns)):
                 yield self.candidate(layer, {"step": step, "columns": columns}, packed)
 
-    def compress(
-        self, layer: LayerView, *, step: float, columns: bool = True, damping: float = 0.01
-    ) -> PackedWeight:
+    def compress(self, layer: LayerView, *, step: float, columns: bool = True, damping: float = 0.01) -> PackedWeight:
         return next(self._ladder(layer, list(by_group(layer, damping, True)), [step], columns))
 
     def fit(self, layer: LayerView, options: Mapping[str, Any], nbytes: int, tolerance: float = 0.003) -> Fit:
-        """The finest grid found whose blob has at most `nbytes`, and at least 1 - tolerance of it where that is reachable."""
+        """The finest grid found with at most `nbytes`, and at least 1 - tolerance of them where that is reachable."""
         columns, damping = options.get("columns", True), options.get("damping", 0.01)
         factors = list(by_group(layer, damping, True))
         target = nbytes * (1 - tolerance / 2)

@@ -1,7 +1,7 @@
 """Error feedback: the part of GPTQ that does not care for the grid.
 
-GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv 2210.17323. With the metric H and U the upper
-Cholesky factor of its inverse (H^-1 = U^T U), column j of a row w is rounded to q, and
+GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv 2210.17323. With the metric
+H and U the upper Cholesky factor of its inverse (H^-1 = U^T U), column j of a row w is rounded to q, and
 
     e = (w_j - q) / U_jj,    w_k <- w_k - e U_jk  for all k > j;    the row's error in the metric is then sum_j e_j^2
 """
@@ -42,7 +42,7 @@ class Factor:
 
 
 def factorise(hessian: Tensor, damping: float = 0.01, order: bool = True) -> Factor:
-    """Factor of one group's metric [cols, cols]. A singular metric is damped ten times more until it can be factorised."""
+    """Factor of one group's metric [cols, cols]; a singular one is damped ten times more until it can be factorised."""
     h = hessian.double().clone()
     dead = h.diagonal() <= 0
     h[dead, dead] = 1.0
@@ -58,7 +58,9 @@ def factorise(hessian: Tensor, damping: float = 0.01, order: bool = True) -> Fac
                 return Factor(upper.float().contiguous(), columns, dead)
         damping *= 10.0
         if damping > 1e6:
-            raise WeightError("the second moment of a layer's inputs cannot be factorised; is the calibration data finite?")
+            raise WeightError(
+                "the second moment of a layer's inputs cannot be factorised; is the calibration data finite?"
+            )
 
 
 def feedback(weight: Tensor, factor: Factor, quantise: Callable[[int, Tensor], Tensor]) -> None:
@@ -73,7 +75,10 @@ def feedback(weight: Tensor, factor: Factor, quantise: Callable[[int, Tensor], T
     order = factor.order.tolist()
     for start in range(0, cols, BLOCK):
         stop = min(start + BLOCK, cols)
-        block, u = work[:, start:stop].T.contiguous(), upper[start:stop, start:stop]  # a row per column: contiguous updates
+        block, u = (
+            work[:, start:stop].T.contiguous(),
+            upper[start:stop, start:stop],
+        )  # a row per column: contiguous updates
         errors = torch.empty_like(block)
         for j in range(stop - start):
             error = (block[j] - quantise(order[start + j], block[j])) / u[j, j]

@@ -2,10 +2,11 @@
 
 GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv 2210.17323.
 
-Columns are rounded one by one, each error corrected by the columns still to come (error_feedback.py). As in the paper: damping (a share of the
-mean diagonal is added), columns in blocks of 128, dead inputs (H_jj = 0) set to zero. As in the released code: `order` takes columns by
-falling H_jj ("act-order"), with the grid of every group fixed beforehand from the original weight, so that a group stays a run of adjacent
-columns in the file. Departure: a group's grid is the one that minimises the H_jj-weighted rounding error instead of min-max.
+Columns are rounded one by one, each error corrected by the columns still to come (error_feedback.py). As in the
+paper: damping (a share of the mean diagonal is added), columns in blocks of 128, dead inputs (H_jj = 0) set to zero.
+As in the released code: `order` takes columns by falling H_jj ("act-order"), with the grid of every group fixed
+beforehand from the original weight, so that a group stays a run of adjacent columns in the file. Departure: a group's
+grid is the one that minimises the H_jj-weighted rounding error instead of min-max.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from ..formats import Integer, PackedWeight
 from ..registry import register
 from .contract import Candidate, Compressor, LayerView
 from .error_feedback import Factor, by_group, feedback
-from .groups import column_group_weight, column_groups, group_size, row_chunks
-from .round_to_nearest import search_grid
+from .grid import layer_grid
 
 #: Values of the weight that go through the column loop together.
 _CHUNK_VALUES = 1 << 22
@@ -35,7 +35,7 @@ _CHUNK_VALUES = 1 << 22
     combines_with=("recover",),
 )
 class GPTQ(Compressor):
-    """Options: bits 2..8, group (columns a group, 0 = whole row), order (act-order), damping (share of the mean diagonal)."""
+    """Options: bits 2..8, group (columns a group, 0 = whole row), order (act-order), damping."""
 
     name = "gptq"
 
@@ -53,8 +53,11 @@ class GPTQ(Compressor):
     ) -> PackedWeight:
         return self._compress(layer, list(by_group(layer, damping, order)), bits=bits, group=group)
 
-    def _compress(self, layer: LayerView, factors: list[tuple[slice, Factor]], *, bits: int, group: int) -> PackedWeight:
-        scale, minimum = _grid(layer, bits, group)
+    def _compress(
+        self, layer: LayerView, factors: list[tuple[slice, Factor]], *, bits: int, group: int
+    ) -> PackedWeight:
+        scale, minimum = layer_grid(layer, bits, group, symmetric=False)
+        assert minimum is not None
         codes = torch.empty(layer.weight.shape, dtype=torch.int16)
         width = group or layer.cols
         top = 2**bits - 1
@@ -72,12 +75,3 @@ class GPTQ(Compressor):
 
                 feedback(layer.weight[part], factor, quantise)
         return Integer.from_codes(codes, scale, minimum, bits=bits, group=group)
-
-
-def _grid(layer: LayerView, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """scale, minimum [rows, groups] of least weighted rounding error."""
-    size = group_size(layer, group)
-    column_weight = column_group_weight(layer.column_weight, size)
-    grids = [search_grid(column_groups(rows, size), column_weight, bits, symmetric=False) for rows in row_chunks(layer.weight)]
-    scale = Integer.round_scale(torch.cat([g.scale for g in grids]))
-    return scale, Integer.round_minimum(torch.cat([g.minimum for g in grids if g.minimum is not None]))

@@ -1,10 +1,10 @@
 """Run all calibration batches through a model side by side, halting at each layer.
 
-Sequential calibration needs, for each layer in turn, its inputs as produced by the layers already compressed. Running
-the whole model again for each layer costs the square of the depth. Here every batch's forward runs once, in a thread of
-its own that is parked whenever it is about to enter one of the layers asked for; when all batches are parked, the
-layer can be changed, and then they go on. Any `nn.Module` will do: nothing needs to be known of its blocks. Only one thread
-runs at a time. Memory: one batch's live activations a thread.
+Sequential calibration needs, for each layer in turn, its inputs as produced by the layers already compressed.
+Running the whole model again for each layer costs the square of the depth. Here every batch's forward runs once, in a
+thread of its own that is parked whenever it is about to enter one of the layers asked for; when all batches are
+parked, the layer can be changed, and then they go on. Any `nn.Module` will do: nothing needs to be known of its
+blocks. Only one thread runs at a time. Memory: one batch's live activations a thread.
 """
 
 from __future__ import annotations
@@ -125,7 +125,10 @@ def lockstep(
                 at.setdefault((batch.where, batch.left), []).append(batch)
             (name, left), group = max(at.items(), key=lambda item: len(item[1]))
             halt = Halt(
-                name or "", [b.index for b in group], [b.inputs for b in group], [b.output for b in group] if left else None
+                name or "",
+                [b.index for b in group],
+                [b.inputs for b in group],
+                [b.output for b in group] if left else None,
             )
             yield halt
             for i, batch in enumerate(group):

@@ -1,9 +1,10 @@
 """The calibration engine: one pass over the data gives every layer's metric and sensitivity.
 
-For layer l with weight W, input x_t at position t and output gradient g_t, a small change E of the weight changes the model's
-output by about sum_t g_t^T E x_t. With independent positions its square is, in expectation,
+For layer l with weight W, input x_t at position t and output gradient g_t, a small change E of the weight changes
+the model's output by about sum_t g_t^T E x_t. With independent positions its square is, in expectation,
 
-    D(E) = sum_r w_r e_r^T H e_r,    H = sum_t s_t x_t x_t^T / sum_t s_t,   w_r = sum_t g_tr^2 / samples,   s_t = mean_r g_tr^2
+    D(E) = sum_r w_r e_r^T H e_r,    H = sum_t s_t x_t x_t^T / sum_t s_t,   w_r = sum_t g_tr^2 / samples,   s_t =
+    mean_r g_tr^2
 
 (a Kronecker factorisation, 1503.05671, whose output factor is kept diagonal). What g is depends on `distortion`:
 
@@ -12,7 +13,8 @@ output by about sum_t g_t^T E x_t. With independent positions its square is, in 
     layer   no gradient: s_t = 1, w_r = 1 / mean ||W x||^2, the relative error of the layer's own output
 
 "output" is divided by the variance of the output and "layer" by the layer's, so that numbers are relative errors.
-Positions that cannot matter (padding behind a mask) have no gradient and so no weight. Second moments are summed in float64.
+Positions that cannot matter (padding behind a mask) have no gradient and so no weight. Second moments are summed in
+float64.
 """
 
 from __future__ import annotations
@@ -128,8 +130,9 @@ def observe(
         calls_seen: dict[str, int] = {}
         index = 0
         handles = [
-            states[0].site.module.register_forward_hook(_hook(states, backward, observation, calls_seen, lambda: index),
-                                                        with_kwargs=True)
+            states[0].site.module.register_forward_hook(
+                _hook(states, backward, observation, calls_seen, lambda: index), with_kwargs=True
+            )
             for states in by_module.values()
         ]
         if backward:
@@ -145,7 +148,7 @@ def observe(
                     result = output(call(model), call)
                     if not bool(torch.isfinite(result).all()):
                         raise DataError(
-                            f"the model's output for calibration batch {index} is not finite; check its weights and the data"
+                            f"the model's output is not finite on calibration batch {index}; check weights and data"
                         )
                     flat = per_sample(result, call.size)
                     if backward:
@@ -211,7 +214,11 @@ def _all_gradients(model: nn.Module, backward: bool, sites: Sequence[WeightSite]
 
 
 def _hook(
-    states: list[_Running], backward: bool, observation: Observation, calls_seen: dict[str, int], batch: Callable[[], int]
+    states: list[_Running],
+    backward: bool,
+    observation: Observation,
+    calls_seen: dict[str, int],
+    batch: Callable[[], int],
 ) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         inputs = args or tuple(kwargs.values())
@@ -246,7 +253,9 @@ def _norm_hook(name: str, observation: Observation, batch: Callable[[], int]) ->
         key, width = (name, batch(), 0), result.shape[-1]
         if result.requires_grad:
             result.register_hook(
-                lambda grad: observation.position_weight.update({key: grad.detach().reshape(-1, width).float().pow(2).mean(1)})
+                lambda grad: observation.position_weight.update(
+                    {key: grad.detach().reshape(-1, width).float().pow(2).mean(1)}
+                )
             )
 
     return hook
@@ -264,7 +273,11 @@ def _accumulate(
     assert seen is not None
     if state.counts is not None:
         ids = inputs[0].reshape(-1)
-        seen = seen.reshape(ids.numel(), -1).float() if seen.numel() == ids.numel() * state.site.view.matrix_shape[1] else None
+        seen = (
+            seen.reshape(ids.numel(), -1).float()
+            if seen.numel() == ids.numel() * state.site.view.matrix_shape[1]
+            else None
+        )
         if seen is None:  # an EmbeddingBag: its outputs are sums over rows
             state.counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float64))
             return

@@ -1,22 +1,22 @@
 """Carry out a plan: compress the layers in order, each on the inputs that the already compressed ones produce.
 
-The model and its reference run over the calibration data side by side (lockstep.py). When all batches stand before a layer with
-weight W and bias b, x the reference's inputs and x~ the compressed model's, both centred on their means m and m~,
+The model and its reference run over the calibration data side by side (lockstep.py). When all batches stand before a
+layer with weight W and bias b, x the reference's inputs and x~ the compressed model's, both centred on their means m
+and m~,
 
-    target   V = W (C + k H) (H~ + k H)^-1,   C = sum s x x~^T,  H~ = sum s x~ x~^T,  H = sum s x x^T   (least squares: V x~ ~ W x)
-    pack     the layer's method, with weight V and metric H~
-    bias     b + W m - V^ m~, V^ being the packed weight decoded, so that the output keeps its mean
+    target   V = W (C + k H) (H~ + k H)^-1,   C = sum s x x~^T,  H~ = sum s x~ x~^T,  H = sum s x x^T   (least
+    squares: V x~ ~ W x) pack     the layer's method, with weight V and metric H~ bias     b + W m - V^ m~, V^ being
+    the packed weight decoded, so that the output keeps its mean
 
-so a layer also mends what its predecessors did (the asymmetric calibration of GPTAQ, 2504.02692, in closed form; k = `RIDGE` keeps V near W where data
-is short). s are the position weights of observe.py. LayerNorms are mended on leaving: weight and bias that best map the
-output onto the reference's, channel by channel.
+so a layer also mends what its predecessors did (the asymmetric calibration of GPTAQ, 2504.02692, in closed form; k =
+`RIDGE` keeps V near W where data is short). s are the position weights of observe.py. LayerNorms are mended on
+leaving: weight and bias that best map the output onto the reference's, channel by channel.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass
 class Realised:
-    """packed: by site name. choices: as carried out (options as settled, real bytes and distortions). views: of the layers
-    asked to be kept."""
+    """packed: by site name. choices: as carried out (settled options, real bytes and distortions). views: those asked for."""
 
     packed: dict[str, PackedWeight]
     choices: dict[str, Choice]
@@ -63,8 +62,9 @@ def realise(
 ) -> Realised:
     """Compress `model` in place (its parameters get the decoded weights) and return the packed weights.
 
-    model, reference: the same network twice. sequential=False, no batches, and layers the data never reaches: the layer is
-    packed on what `observation` knows, its bias is left alone. keep: names of sites whose final views are wanted.
+    model, reference: the same network twice. sequential=False, no batches, and layers the data never reaches: the
+    layer is packed on what `observation` knows, its bias is left alone. keep: names of sites whose final views are
+    wanted.
     """
     done = Realised({}, {}, {})
     by_module: dict[str, list[WeightSite]] = {}
@@ -109,7 +109,8 @@ def realise(
 def pack(view: LayerView, choice: Choice) -> tuple[PackedWeight, Choice]:
     """Make one layer's packed weight as its plan line says, and the line that says what was made.
 
-    Where the line predicts bytes they are a target: methods with a knob are turned towards it, divided layers are divided anew.
+    Where the line predicts bytes they are a target: methods with a knob are turned towards it, divided layers are
+    divided anew.
     """
     method, split, target = compressor(choice.method), choice.split, choice.nbytes
     if target is not None and is_adjustable(choice.method) and (split is None or is_adjustable(split.method)):
@@ -155,7 +156,9 @@ def _divided(view: LayerView, choice: Choice, second_rows: int) -> PackedWeight:
     take = torch.zeros(view.rows, dtype=torch.bool)
     take[torch.argsort(loss, descending=True, stable=True)[:second_rows]] = True
     plans = ((choice.method, choice.options, ~take), (choice.split.method, choice.split.options, take))
-    return Split.from_parts(take, *(compressor(m).compress(_rows_of(view, rows), **options) for m, options, rows in plans))
+    return Split.from_parts(
+        take, *(compressor(m).compress(_rows_of(view, rows), **options) for m, options, rows in plans)
+    )
 
 
 def _rows_of(view: LayerView, rows: Tensor) -> LayerView:
@@ -168,7 +171,11 @@ def is_adjustable(method: str) -> bool:
 
 
 def _compress_at(
-    site: WeightSite, here: Halt, there: Halt, observation: Observation, finish: Callable[[WeightSite, LayerView], Tensor]
+    site: WeightSite,
+    here: Halt,
+    there: Halt,
+    observation: Observation,
+    finish: Callable[[WeightSite, LayerView], Tensor],
 ) -> None:
     """Pack one site of the module all batches are about to enter."""
     view = observation.views[site.name]
@@ -180,7 +187,9 @@ def _compress_at(
         return
     weight = view.weight.double().view(site.groups, -1, view.cols)
     target = moments.target(weight)
-    decoded = finish(site, dataclasses.replace(view, weight=target.float().reshape(view.weight.shape), hessian=moments.ours))
+    decoded = finish(
+        site, dataclasses.replace(view, weight=target.float().reshape(view.weight.shape), hessian=moments.ours)
+    )
     bias = getattr(site.module, "bias", None)
     if isinstance(bias, nn.Parameter) and site.attribute == "weight" and bias.numel() == view.rows:
         shift = torch.einsum("gri,gi->gr", weight, moments.their_mean) - torch.einsum(
@@ -203,7 +212,9 @@ class _Pair:
         """V [groups, rows, cols] of the module docstring; W itself where the moments are too poor to solve for it."""
         cols = weight.shape[-1]
         ridge = RIDGE * self.theirs
-        eye = torch.eye(cols, dtype=torch.float64) * (1e-4 * self.ours.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None]
+        eye = (
+            torch.eye(cols, dtype=torch.float64) * (1e-4 * self.ours.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None]
+        )
         left = self.ours + ridge + eye
         factor, failed = torch.linalg.cholesky_ex(left)
         if int(failed.max()):
@@ -235,7 +246,10 @@ def _moments(site: WeightSite, here: Halt, there: Halt, observation: Observation
         return None
     mine, their = sums[0] / total, sums[1] / total
     if not isinstance(getattr(site.module, "bias", None), nn.Parameter) or site.attribute != "weight":
-        mine, their = torch.zeros_like(mine), torch.zeros_like(their)  # no bias to take up the means: nothing is centred
+        mine, their = (
+            torch.zeros_like(mine),
+            torch.zeros_like(their),
+        )  # no bias to take up the means: nothing is centred
     outer = lambda a, b: a[:, :, None] * b[:, None, :]  # noqa: E731
     return _Pair(
         square[0] / total - outer(mine, mine),
@@ -257,7 +271,9 @@ def _mend_norm(norm: nn.Module, here: Halt, there: Halt, observation: Observatio
         x, y = (t.reshape(-1, norm.weight.numel()).double() for t in (ours, theirs))
         s = observation.position_weight.get((here.module, batch, 0))
         s = torch.ones(len(x), 1, dtype=torch.float64) if s is None else s.double()[:, None]
-        sums += torch.stack([s.sum().expand(x.shape[1]), (s * x).sum(0), (s * y).sum(0), (s * x * x).sum(0), (s * x * y).sum(0)])
+        sums += torch.stack(
+            [s.sum().expand(x.shape[1]), (s * x).sum(0), (s * y).sum(0), (s * x * x).sum(0), (s * x * y).sum(0)]
+        )
     total, x, y, xx, xy = sums
     if float(total[0]) <= 0:
         return

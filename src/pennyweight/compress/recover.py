@@ -4,15 +4,15 @@ Every integer weight keeps its grid and trains a latent weight behind it (straig
 
     forward   code(V) * grid,   code(V) = round(V / grid)        backward   d/dV = d/d(decoded)
 
-The latent starts in the cell that compression chose, at the point nearest to the original weight, so training begins from the compressed
-network and not from plain rounding. Norms and biases train along; weights in other formats stay. The loss compares the model's outputs with the
-reference's on the same inputs, and, where the model has LayerNorms, their outputs too (each as squared error over variance; positions count by
-their sensitivity):
+The latent starts in the cell that compression chose, at the point nearest to the original weight, so training begins
+from the compressed network and not from plain rounding. Norms and biases train along; weights in other formats stay.
+The loss compares the model's outputs with the reference's on the same inputs, and, where the model has LayerNorms,
+their outputs too (each as squared error over variance; positions count by their sensitivity):
 
     loss = |f - f*|^2 / var f* + FEATURES * mean_l |h_l - h*_l|^2 / var h*_l
 
-The budget stays a promise: entropy-coded codes change size as they train, so a common factor on all free grids is steered to hold the size, and the
-last word has the real encoder.
+The budget stays a promise: entropy-coded codes change size as they train, so a common factor on all free grids is
+steered to hold the size, and the last word has the real encoder.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _STEER_UNTIL = 0.8
 class _Grid(nn.Module):
     """Rounds a parameter to `factor * grid` in the parameter's own shape, straight through.
 
-    grid, offset: broadcastable to the matrix [rows, cols]; low, high: the codes there are, None where they are unbounded (then
-    `factor` may move).
+    grid, offset: broadcastable to the matrix [rows, cols]; low, high: the codes there are, None where they are
+    unbounded (then `factor` may move).
     """
 
     def __init__(self, site: WeightSite, packed: Integer) -> None:
@@ -131,8 +131,11 @@ def recover(
     if not batches:
         raise DataError("recover needs calibration data: it distils the original into the small model on your batches")
     generator = torch.Generator().manual_seed(seed)
-    grids = {s.name: _Grid(s, p) for s in sites if isinstance(p := done.packed[s.name], Integer) and p.centroids is None
-             and p.column_offset is None}
+    grids = {
+        s.name: _Grid(s, p)
+        for s in sites
+        if isinstance(p := done.packed[s.name], Integer) and p.centroids is None and p.column_offset is None
+    }
     by_name = {s.name: s for s in sites}
     wanted_grad = {p: p.requires_grad for p in model.parameters()}
     trained = {id(by_name[n].parameter) for n in grids}

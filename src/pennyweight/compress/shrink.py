@@ -1,7 +1,7 @@
 """plan and shrink: name a size, get the best network of that size.
 
-    plan   = pw.plan(model, size="7MB", data=batches)      # a dry run
-    small  = pw.shrink(model, size="7MB", data=batches)    # or bits=2.0, ratio=12, plan=plan
+plan   = pw.plan(model, size="7MB", data=batches)      # a dry run
+small  = pw.shrink(model, size="7MB", data=batches)    # or bits=2.0, ratio=12, plan=plan
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import registry
 from ..bundle import predict_bytes, round_to_stored
-from ..errors import BudgetError, DataError, PennyweightWarning, PlanError, UnknownNameError, WeightError, warn
-from ..formats import PackedWeight
+from ..errors import BudgetError, UnknownNameError, WeightError, warn
 from ..layers.packed import install, packed_blobs
 from ..layers.sites import WeightSite, weight_sites
 from .allocate import allocate
 from .budget import Budget
-from .contract import Candidate, LayerView, compressor, sample_rows
+from .contract import Candidate, compressor, sample_rows
 from .data import Call, Output, calls, output_tensor
 from .norms import fold_batch_norm
 from .observe import Loss, Observation, observe, weight_only_view
-from .plan import Choice, LayerInfo, Plan
-from .recover import recover as distil
+from .plan import LayerInfo, Plan
 from .realise import Realised, is_adjustable, pack, realise
+from .recover import recover as distil
 
 #: What competes by default, and what a preset allows.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -134,11 +133,12 @@ def shrink(
     seed: int = 0,
     progress: Progress = _silent,
 ) -> nn.Module:
-    """The best network of a size: a packed copy of the model whose saved files fit the budget and use at least 99 % of it.
+    """The best network of a size: a packed copy of the model whose saved files fit the budget and use 99 % of it.
 
-    Arguments as for `plan`; or plan=, a (perhaps edited) plan to carry out. sequential: recalibrate each layer on inputs
-    from the layers already compressed. recover: optimizer steps of label-free distillation against the original,
-    on recover_data (more batches like data; data itself if None). Raises BudgetError (with the smallest reachable size), DataError, WeightError, PlanError, UnknownNameError.
+    Arguments as for `plan`; or plan=, a (perhaps edited) plan to carry out. sequential: recalibrate each layer on
+    inputs from the layers already compressed. recover: optimizer steps of label-free distillation against the
+    original, on recover_data (more batches like data; data itself if None). Raises BudgetError (with the smallest
+    reachable size), DataError, WeightError, PlanError, UnknownNameError.
     """
     job = _prepare(model, data)
     reference = copy.deepcopy(job.model)
@@ -190,14 +190,18 @@ def _prepare(model: nn.Module, data: Any) -> _Job:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise WeightError(f"{name} holds NaN or infinite values; mend the checkpoint first")
     parameters = sum(p.numel() for p in model.parameters())
-    original = sum(t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+    original = sum(
+        t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
+    )
     copied = copy.deepcopy(model).eval()
     batches = calls(copied, data) if data is not None else []
     if batches:
         fold_batch_norm(copied, batches[0])
     sites = weight_sites(copied)
     if not sites:
-        raise WeightError(f"{type(model).__name__} has no weight that can be packed (Linear, Embedding, convolution, recurrent)")
+        raise WeightError(
+            f"{type(model).__name__} has no weight that can be packed (Linear, Embedding, convolution, recurrent)"
+        )
     return _Job(copied, sites, batches, parameters, original)
 
 
@@ -208,7 +212,13 @@ def _observe(
         views = {site.name: weight_only_view(site) for site in job.sites}
         return Observation(views, set(views))
     seen = observe(
-        job.model, job.batches, job.sites, distortion=distortion, loss=loss, output=output, seed=seed,
+        job.model,
+        job.batches,
+        job.sites,
+        distortion=distortion,
+        loss=loss,
+        output=output,
+        seed=seed,
         progress=lambda i, n: progress("observe", i, n),
     )
     for site in job.sites:
@@ -240,7 +250,8 @@ def _offers(
         found = [c for name in wanted for c in compressor(name).candidates(part)]
         if factor != 1.0:
             found = [
-                dataclasses.replace(c, nbytes=math.ceil(c.nbytes * factor), distortion=c.distortion * factor) for c in found
+                dataclasses.replace(c, nbytes=math.ceil(c.nbytes * factor), distortion=c.distortion * factor)
+                for c in found
             ]
         offers[site.name] = [c for c in found if math.isfinite(c.distortion)]
         progress("offers", i + 1, len(job.sites))
@@ -277,7 +288,9 @@ def _allocate(
 def _adopt(plan: Plan, job: _Job, size: int | str | None, bits: float | None, ratio: float | None) -> Plan:
     """A plan given by the user, checked against the model; a budget given beside it replaces the plan's."""
     options = {
-        entry.name: [name for name in inspect.signature(entry.target.compress).parameters if name not in ("self", "layer")]
+        entry.name: [
+            name for name in inspect.signature(entry.target.compress).parameters if name not in ("self", "layer")
+        ]
         for entry in registry.methods("compress")
     }
     plan.validate([site.name for site in job.sites], options)
@@ -297,7 +310,7 @@ def _knob(plan: Plan, sites: Sequence[WeightSite]) -> str | None:
 
 
 def _settle(job: _Job, observation: Observation, plan: Plan, done: Realised, knob: str | None, trained: bool) -> int:
-    """Bring the files to the budget: never above it, and not more than a fraction of a percent below. Returns their size.
+    """Bring the files to the budget: never above it, a fraction of a percent below at most. Returns their size.
 
     trained: codes come from recovery and are only touched if the files would not fit.
     """
@@ -328,7 +341,7 @@ def _settle(job: _Job, observation: Observation, plan: Plan, done: Realised, kno
     size = total()
     if size > budget:
         raise BudgetError(
-            f"the layers came out at {size:,} bytes, over the budget of {budget:,}, and no chosen method can be adjusted; "
+            f"the layers came out at {size:,} bytes, over the budget of {budget:,}, and no method can be adjusted; "
             "allow entropy-gptq or raise the budget"
         )
     return size

@@ -99,7 +99,7 @@ class PackedWeight(ABC):
 
     format: ClassVar[str]
     shape: tuple[int, int]
-    _nbytes: int | None = None
+    _blob: bytes | None = None
 
     @abstractmethod
     def decode(self) -> Tensor:
@@ -114,19 +114,17 @@ class PackedWeight(ABC):
         return F.linear(x, self.decode().to(x.dtype), bias)
 
     def to_bytes(self) -> bytes:
-        """The blob, exactly as stored on disk. Same matrix, same bytes."""
-        writer = Writer()
-        write_blob(self, writer)
-        self._nbytes = len(writer.data)
-        return bytes(writer.data)
+        """The blob, exactly as stored on disk; encoded once and kept. Same matrix, same bytes."""
+        if self._blob is None:
+            writer = Writer()
+            write_blob(self, writer)
+            self._blob = bytes(writer.data)
+        return self._blob
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk: len(to_bytes()), computed once."""
-        if self._nbytes is None:
-            self.to_bytes()
-        assert self._nbytes is not None
-        return self._nbytes
+        """Bytes on disk."""
+        return len(self.to_bytes())
 
     def to(self, device: torch.device | str) -> Self:
         """A copy whose tensors lie on `device`."""
@@ -178,7 +176,6 @@ def write_blob(packed: PackedWeight, writer: Writer) -> None:
 
 def read_blob(reader: Reader) -> PackedWeight:
     """Read one blob to the reader's end. Raises `ArtifactError` on damage, on trailing bytes and on newer versions."""
-    size = reader.left
     number, second = reader.u8(), reader.u8()
     if number not in FORMATS:
         raise ArtifactError(f"unknown weight format {number}; the file is damaged or needs a newer pennyweight")
@@ -191,7 +188,6 @@ def read_blob(reader: Reader) -> PackedWeight:
     packed = FORMATS[number]._read(reader, shape, second & (1 << OPTION_BITS) - 1)
     if reader.left:
         raise ArtifactError(f"a packed weight is followed by {reader.left} unread bytes; the file is damaged")
-    packed._nbytes = size
     return packed
 
 

@@ -29,8 +29,8 @@ def is_compiled() -> bool:
 def feedback_block(work: Tensor, upper: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """Error feedback on a uniform grid, within one block of columns.
 
-    work: float32 [rows, width], the block's current values (not changed). upper: [width, width], U of the block.
-    row [rows], column [width]: the grid of an entry is row * column. Returns codes int16 [rows, width] and errors float32
+    work: float32 [rows, width], the block's current values (not changed). upper: [width, width], U of the block. row
+    [rows], column [width]: the grid of an entry is row * column. Returns codes int16 [rows, width] and errors float32
     [rows, width], (value - code * grid) / U_jj, by which later blocks are to be corrected.
     """
     if _cpu is None:
@@ -64,4 +64,6 @@ def _tell_once() -> None:
     global _told
     if not _told:
         _told = True
-        warn("the compiled kernels are missing (install pennyweight with a C++ compiler present): calibration is slower")
+        warn(
+            "the compiled kernels are missing (install pennyweight with a C++ compiler present): calibration is slower"
+        )
