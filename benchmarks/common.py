@@ -15,6 +15,7 @@ import multiprocessing
 import resource
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -142,6 +143,19 @@ def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
     """The value of a function of a module's top level, computed in a process of its own: its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+class Stopwatch:
+    """Seconds since it was made: on the wall, and of this process on its processors (other processes hardly change those)."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {
+            "seconds": time.perf_counter() - self._wall,
+            "processor_seconds": time.process_time() - self._processor,
+        }
 
 
 def start(threads: int) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,12 +50,11 @@ def minilm(samples: int, threads: int) -> Row:
     model = sts.load_encoder()
     weights = sum(4 * p.numel() for p in model.parameters())
     loaded = common.memory_now()
-    started, processor = time.perf_counter(), time.process_time()
+    watch = common.Stopwatch()
     with progress_bars() as progress:
         pw.shrink(model, size=SIZE, data=batches, progress=progress)
     return {
-        "seconds": time.perf_counter() - started,
-        "processor_seconds": time.process_time() - processor,
+        **watch.read(),
         "weights": weights,
         "baseline": baseline,
         "loaded": loaded,
@@ -89,14 +87,9 @@ def rung(width: int, depth: int, tokens: int) -> Row:
     model = Encoder(width, depth).eval()
     batches = list(torch.randint(VOCABULARY, (max(1, tokens // LENGTH), LENGTH)).split(32))
     parameters = sum(p.numel() for p in model.parameters())
-    started, processor = time.perf_counter(), time.process_time()
+    watch = common.Stopwatch()
     pw.shrink(model, ratio=RATIO, data=batches)
-    return {
-        "parameters": parameters,
-        "tokens": sum(batch.numel() for batch in batches),
-        "seconds": time.perf_counter() - started,
-        "processor_seconds": time.process_time() - processor,
-    }
+    return {"parameters": parameters, "tokens": sum(batch.numel() for batch in batches), **watch.read()}
 
 
 def slope(rungs: Sequence[Row], against: str) -> float:

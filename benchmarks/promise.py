@@ -17,7 +17,6 @@ import argparse
 import math
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,16 +88,16 @@ def measure(model: nn.Module, plan: pw.Plan, batches: list[Any], sequential: boo
     """Carry out a plan, save, and look at the files. A refusal breaks the promise, too: the budget is reachable."""
     assert plan.budget is not None
     row: Row = {"budget": plan.budget, "bytes": None, "lossless": False, "kept": False, "note": ""}
-    started = time.perf_counter()
+    watch = common.Stopwatch()
     try:
         small = pw.shrink(model, plan=plan, data=batches, sequential=sequential)
     except BudgetError as error:
-        return row | {"note": str(error), "seconds": time.perf_counter() - started}
+        return row | {"note": str(error), **watch.read()}
     with tempfile.TemporaryDirectory() as folder:
         row["bytes"] = common.save_and_measure(small, folder)
     row["lossless"] = all(isinstance(packed, Dense16) for packed in packed_weights(small).values())
     row["kept"] = row["bytes"] <= plan.budget and (row["bytes"] >= LEAST_USE * plan.budget or row["lossless"])
-    return row | {"seconds": time.perf_counter() - started}
+    return row | watch.read()
 
 
 def rows_of(subject: Subject, args: argparse.Namespace, kept: common.Kept) -> list[Row]:

@@ -16,7 +16,7 @@ from pennyweight.bench.demo import demonstrate
 from pennyweight.bench.fidelity import embedding_fidelity, output_fidelity
 from pennyweight.cli import app
 from pennyweight.cli.sources import load_data, load_source
-from pennyweight.errors import ArtifactError, DataError
+from pennyweight.errors import ArtifactError, DataError, PennyweightWarning
 from pennyweight.progress import progress_bars
 
 FACTORY = """
@@ -40,6 +40,10 @@ def broken():
 
 def number():
     return 3
+
+def torn():
+    yield torch.randn(8, 3, 8, 8)
+    raise OSError("disk")
 """
 
 
@@ -158,11 +162,12 @@ def test_without_data_the_weights_decide_and_it_is_said(here):
         (("plan", "cli_models:nothing", "--size", "4kB"), "cannot find cli_models:nothing"),
         (("plan", "no_such_module:f", "--size", "4kB"), "cannot find no_such_module:f"),
         (("plan", "cli_models:broken", "--size", "4kB"), "RuntimeError: no such luck"),
-        (("plan", "cli_models:number", "--size", "4kB"), "returned a int"),
+        (("plan", "cli_models:number", "--size", "4kB"), "must return an nn.Module"),
         (("plan", CNN[0], "--data", "nowhere.txt", "--size", "4kB"), "no data file nowhere.txt"),
         (("plan", CNN[0], "--data", "text.txt", "--size", "4kB"), "has no tokenizer"),
         (("plan", CNN[0], "--data", "weights.pt", "--size", "4kB"), "is a pickle"),
         (("plan", CNN[0], "--data", "cli_models:number", "--size", "4kB"), "must return or yield batches"),
+        (("plan", CNN[0], "--data", "cli_models:torn", "--size", "4kB"), "cli_models:torn raised OSError: disk"),
         (("inspect", "here"), "not a pennyweight artifact"),
         (("inspect", "nowhere"), "not a directory"),
         (("eval", "here", "--reference", CNN[0]), "not a pennyweight artifact"),
@@ -240,7 +245,7 @@ def test_the_demonstration_measures_what_lies_on_the_disk(here):
     from test_sentence_encoder import make_encoder_directory
 
     source = make_encoder_directory(here / "tiny")
-    with pytest.warns(pw.errors.PennyweightWarning, match="pooler"):
+    with pytest.warns(PennyweightWarning, match="pooler"):
         found = demonstrate(here / "out", "9kB", source)
     assert (
         found.small_bytes

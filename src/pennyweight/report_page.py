@@ -171,7 +171,7 @@ def _limits(report: Report) -> str:
     facts = [f"{names} {most} <strong>{100 * share:.0f}&nbsp;%</strong> of the file."]
     facts.append(
         f"<strong>{size_text(report.other_bytes)}</strong> "
-        f"({100 * report.other_bytes / report.size:.1f}&nbsp;%) are not packed layers: norms, biases, headers, configuration."
+        f"({100 * report.other_bytes / report.size:.1f}&nbsp;%) are not packed layers: norms, biases, headers."
     )
     if report.smallest is not None:
         facts.append(

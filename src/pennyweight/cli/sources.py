@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,10 @@ def load_source(name: str) -> Source:
             "that makes the model and loads it"
         )
     if _FACTORY.fullmatch(name):
-        return Source(name, _called(name))
+        model = _called(name)
+        if not isinstance(model, nn.Module):
+            raise ArtifactError(f"{name} returned a {type(model).__name__}; it must return an nn.Module")
+        return Source(name, model)
     if _HUB_NAME.fullmatch(name) and not Path(path.parts[0]).exists():
         return _from_directory(name, _from_hub(name))
     raise ArtifactError(
@@ -111,7 +114,8 @@ def load_data(name: str | None, source: Source, samples: int, held_out: bool = F
         return _limited(_called(name), samples, name)
     paths = [Path(part) for part in name.split(",")]
     for path in paths:
-        refuse_pickle(path)
+        if path.suffix != ".npz":  # a zip like some pickles; NumPy is told to read arrays only
+            refuse_pickle(path)
         if not path.is_file():
             raise DataError(f"there is no data file {path}; give text, .npy, .npz, .safetensors or module:function")
     if paths[0].suffix in (".npy", ".npz", ".safetensors"):
@@ -167,18 +171,19 @@ def _limited(data: Any, samples: int, name: str) -> list[Any]:
     if not isinstance(data, Iterable):
         raise DataError(f"{name} returned a {type(data).__name__}; it must return or yield batches")
 
-    def until_enough(batches: Iterable[Any]) -> Iterator[Any]:
-        seen = 0
-        for batch in batches:
-            yield batch
-            tensors = (
-                batch.values() if hasattr(batch, "values") else batch if isinstance(batch, list | tuple) else [batch]
-            )
-            seen += next((len(t) for t in tensors if isinstance(t, Tensor) and t.ndim), 1)
+    found: list[Any] = []
+    seen = 0
+    try:
+        for batch in data:
+            found.append(batch)
+            parts = [batch[key] for key in batch] if hasattr(batch, "keys") else [batch]
+            parts = parts[0] if len(parts) == 1 and isinstance(parts[0], list | tuple) else parts
+            seen += next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), 1)
             if seen >= samples:
-                return
-
-    return list(until_enough(data))
+                break
+    except Exception as error:  # the user's code may raise anything
+        raise DataError(f"{name} raised {type(error).__name__}: {error}") from error
+    return found
 
 
 def _arrays(path: Path) -> dict[str, Tensor] | Tensor:

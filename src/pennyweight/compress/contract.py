@@ -86,7 +86,11 @@ class Candidate:
 
 
 class Fit(NamedTuple):
-    """A weight made towards a size: packed, the options that make it again, and the options of the next larger one found not to fit (None if there is none, or sizes are so dense that it does not matter)."""
+    """A weight made towards a size.
+
+    packed: the weight. options: what makes it again. larger: options of a finer one that did not fit, given where sizes
+    come in jumps, so that a layer may be divided between the two.
+    """
 
     packed: PackedWeight
     options: dict[str, Any]

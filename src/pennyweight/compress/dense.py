@@ -1,4 +1,4 @@
-"""Keep a weight in half precision: every layer's richest candidate, and the only one where the data never reaches it."""
+"""Keep a weight in half precision: every layer's richest candidate, and the only one if data never reach it."""
 
 from __future__ import annotations
 

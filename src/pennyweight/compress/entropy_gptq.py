@@ -29,7 +29,7 @@ from .contract import Candidate, Compressor, Fit, LayerView
 from .error_feedback import Factor, by_group, feedback_uniform
 
 #: Steps in units of the weight's root mean square: from next to nothing (6) to half precision's own accuracy (0.006).
-STEPS = (6.0, 4.2, 3.0, 2.2, 1.6, 1.15, 0.8, 0.5, 0.28, 0.12, 0.03, 0.006)
+STEPS = (6.0, 4.2, 3.0, 2.2, 1.6, 1.15, 0.8, 0.56, 0.4, 0.28, 0.2, 0.14, 0.1, 0.05, 0.015, 0.006)
 
 # : A row's (column's) grid is at most this many times coarser or finer than the layer's: the theory ends where codes
 # are all zero.

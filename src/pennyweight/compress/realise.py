@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass
 class Realised:
-    """packed: by site name. choices: as carried out (settled options, real bytes and distortions). views: those asked for."""
+    """packed: by site name. choices: as carried out, with real bytes and distortions. views: those asked for."""
 
     packed: dict[str, PackedWeight]
     choices: dict[str, Choice]
