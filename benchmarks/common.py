@@ -146,7 +146,7 @@ def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
 
 
 class Stopwatch:
-    """Seconds since it was made: on the wall, and of this process on its processors (other processes hardly change those)."""
+    """Seconds since it was made: on the wall, and of processor time, which other processes hardly change."""
 
     def __init__(self) -> None:
         self._wall, self._processor = time.perf_counter(), time.process_time()

@@ -5,8 +5,8 @@
 
 Budgets are spread log-uniformly from the smallest reachable size to that of plain fp16, on all-MiniLM-L6-v2, the
 CIFAR-10 ResNet-20 and a small LSTM. Each one is really spent: the model is shrunk and saved, and the bytes of
-model.safetensors and config.json are those on the disk. "Lossless" means that every weight is stored in half precision.
-What each layer could become is worked out once a model; each budget has a plan of its own, carried out by
+model.safetensors and config.json are those on the disk. "Lossless" means that all weights together are no further from
+the original's, by the planner's own measure, than rounding to fp16 takes them. What each layer could become is worked out once a model; each budget has a plan of its own, carried out by
 `pw.shrink(plan=...)`. Layers are calibrated on the original's inputs unless --sequential is given, which takes
 longer. The exit code is 1 if the promise was broken once.
 """
@@ -18,7 +18,7 @@ import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,6 @@ from common import Result, Row, Table, verdict
 from pennyweight.bundle import predict_bytes
 from pennyweight.compress import shrink as machinery
 from pennyweight.errors import BudgetError, PennyweightWarning
-from pennyweight.formats import Dense16
-from pennyweight.layers.packed import packed_weights
 from pennyweight.layers.sites import weight_sites
 from pennyweight.progress import progress_bars
 
@@ -73,19 +71,23 @@ def spread(smallest: int, largest: int, count: int) -> list[int]:
     return [min(math.ceil(smallest * math.exp(i * step)), largest) for i in range(count)]
 
 
-def plans(model: nn.Module, batches: list[Any], count: int) -> Iterator[pw.Plan]:
-    """A plan for each of the budgets."""
+def plans(model: nn.Module, batches: list[Any], count: int) -> tuple[list[pw.Plan], float]:
+    """A plan for each of the budgets, and the distortion of plain fp16."""
     with progress_bars() as progress:
         job = machinery._prepare(model, batches)
         observation = machinery._observe(job, "output", None, machinery.output_tensor, 0, progress)
         offers = machinery._offers(job, observation, machinery._methods(None, "balanced", job), progress)
     smallest = job.overhead() + sum(min(offer.nbytes for offer in found) for found in offers.values())
-    for budget in spread(smallest, half_precision_bytes(job.model), count):
-        yield machinery._allocate(job, observation, offers, budget, "hull", 0)
+    budgets = spread(smallest, half_precision_bytes(job.model), count)
+    lossless = sum(view.distortion(view.weight.half().float()) for view in observation.views.values())
+    return [machinery._allocate(job, observation, offers, budget, "hull", 0) for budget in budgets], lossless
 
 
-def measure(model: nn.Module, plan: pw.Plan, batches: list[Any], sequential: bool) -> Row:
-    """Carry out a plan, save, and look at the files. A refusal breaks the promise, too: the budget is reachable."""
+def measure(model: nn.Module, plan: pw.Plan, batches: list[Any], lossless: float, sequential: bool) -> Row:
+    """Carry out a plan, save, and look at the files. A refusal breaks the promise, too: the budget is reachable.
+
+    lossless: distortion up to which nothing counts as lost.
+    """
     assert plan.budget is not None
     row: Row = {"budget": plan.budget, "bytes": None, "lossless": False, "kept": False, "note": ""}
     watch = common.Stopwatch()
@@ -95,7 +97,8 @@ def measure(model: nn.Module, plan: pw.Plan, batches: list[Any], sequential: boo
         return row | {"note": str(error), **watch.read()}
     with tempfile.TemporaryDirectory() as folder:
         row["bytes"] = common.save_and_measure(small, folder)
-    row["lossless"] = all(isinstance(packed, Dense16) for packed in packed_weights(small).values())
+    found: Any = small._pennyweight
+    row["lossless"] = found.plan.distortion <= lossless
     row["kept"] = row["bytes"] <= plan.budget and (row["bytes"] >= LEAST_USE * plan.budget or row["lossless"])
     return row | watch.read()
 
@@ -107,9 +110,10 @@ def rows_of(subject: Subject, args: argparse.Namespace, kept: common.Kept) -> li
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PennyweightWarning)  # they are about quality; this is about bytes
-        for plan in plans(model, batches, args.budgets):
+        wanted, lossless = plans(model, batches, args.budgets)
+        for plan in wanted:
             key = f"{subject.name}, {args.samples} samples, {order}, {plan.budget:,} bytes"
-            found.append(kept.row(key, lambda plan=plan: measure(model, plan, batches, args.sequential)))
+            found.append(kept.row(key, lambda plan=plan: measure(model, plan, batches, lossless, args.sequential)))
     return found
 
 

@@ -6,9 +6,10 @@ from .compress.plan import Plan
 from .compress.shrink import plan, shrink
 from .integrations import register_when_imported
 from .registry import methods
+from .report import report
 
 __version__ = "0.1.0"
 
 register_when_imported()
 
-__all__ = ["Plan", "load", "methods", "plan", "save", "shrink"]
+__all__ = ["Plan", "load", "methods", "plan", "report", "save", "shrink"]

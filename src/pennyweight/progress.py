@@ -30,7 +30,7 @@ def progress_bars(console: Console | None = None, quiet: bool = False) -> Iterat
         with progress_bars() as progress:
             small = pw.shrink(model, size="7MB", data=batches, progress=progress)
 
-    quiet: draw nothing.
+    quiet: draw nothing; so does a console that is no terminal.
     """
     console = console or Console(stderr=True)
     bars = Progress(
@@ -41,7 +41,7 @@ def progress_bars(console: Console | None = None, quiet: bool = False) -> Iterat
     tasks = {}
 
     def callback(what: str, done: int, total: int) -> None:
-        if quiet:
+        if quiet or not console.is_terminal:
             return
         if what not in tasks:
             tasks[what] = bars.add_task(STAGES.get(what, what), total=total)

@@ -283,7 +283,8 @@ def _build(
     name: str = "model",
 ) -> Report:
     rows = []
-    for layer, weight in packed.items():
+    order = {layer: at for at, layer in enumerate(plan.choices)} if plan else {}
+    for layer, weight in sorted(packed.items(), key=lambda item: order.get(item[0], 0)):
         info = plan.layers.get(layer) if plan else None
         choice = plan.choices.get(layer) if plan else None
         rows.append(

@@ -102,7 +102,7 @@ def load_packed(directory: Path, reference: Source | None) -> Source:
 def load_data(name: str | None, source: Source, samples: int, held_out: bool = False) -> list[Any] | None:
     """The batches that --data names, at most `samples` samples of them; None if there is no data.
 
-    name: text files (comma between them, a sentence a line), .npy, .npz or .safetensors, or `module:function`. None: the
+    name: text files (comma between them, a sentence a line), .npy, .npz, .safetensors, or `module:function`. None: the
     built-in English text for a model with a tokenizer (held_out: the part kept for measuring).
     Raises DataError if the data cannot be read or is empty.
     """

@@ -1,6 +1,7 @@
 """From a trained checkpoint to a small one: observe, offer, plan, realise."""
 
 from . import (  # noqa: F401  (importing a method registers it)
+    adaquant,
     binary,
     codebook,
     dense,

@@ -36,7 +36,7 @@ from .realise import Realised
 
 FEATURES = 0.3
 #: Learning rates: of a latent weight, in units of its layer's grid; of norms and biases, absolute.
-LATENT_RATE, AFFINE_RATE = 0.02, 5e-4
+LATENT_RATE, AFFINE_RATE = 0.004, 1e-4
 _WARM_UP = 0.05
 _STEER_EVERY = 20
 #: The grids stop changing when this share of the steps is done.
