@@ -7,7 +7,7 @@
    less memory above the baseline (all modules imported, sentences tokenised, the model not yet loaded) than four
    times the model's fp32 weights, which themselves count.
 2. Ladders of BERT encoders with random weights and random tokens: deeper, wider, with more calibration tokens.
-   Processor seconds, which a busy machine hardly changes, and the slope of their logarithm against that of the
+   Processor seconds of one thread, which a busy machine hardly changes, and the slope of their logarithm against that of the
    parameters or tokens, by least squares. Goal: at most 1.1 for depth and for tokens (1 is linear). Width has no goal:
    a square layer of n inputs has n^2 parameters and a Hessian whose factors take n^3 steps, so its slope tends to 1.5.
 The exit code is 1 if a goal is missed. Seconds are those of this machine; run it while nothing else runs.
@@ -30,6 +30,7 @@ import data
 import pennyweight as pw
 import sts
 from common import Result, Row, Table, verdict
+from pennyweight.memory import return_freed_memory
 from pennyweight.progress import progress_bars
 
 SIZE = "7MB"
@@ -43,6 +44,7 @@ WIDTH, DEPTH, VOCABULARY = 384, 2, 1000
 def minilm(samples: int, threads: int) -> Row:
     """Shrink MiniLM in this process, which must be a fresh one."""
     common.start(threads)
+    return_freed_memory()  # as the command line does
     batches = sts.batches(sorted(data.calibration_sentences(samples), key=len))
     for module in ("transformers.models.bert.modeling_bert", "pennyweight.compress.recover", "constriction"):
         importlib.import_module(module)  # what the work would import on its way
@@ -50,14 +52,21 @@ def minilm(samples: int, threads: int) -> Row:
     model = sts.load_encoder()
     weights = sum(4 * p.numel() for p in model.parameters())
     loaded = common.memory_now()
+    peaks: dict[str, int] = {}
     watch = common.Stopwatch()
-    with progress_bars() as progress:
+    with progress_bars() as bars:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            peaks[stage] = common.peak_memory()
+            bars(stage, done, total)
+
         pw.shrink(model, size=SIZE, data=batches, progress=progress)
     return {
         **watch.read(),
         "weights": weights,
         "baseline": baseline,
         "loaded": loaded,
+        "stages": peaks,
         "peak": common.peak_memory(),
         "multiple": (common.peak_memory() - baseline) / weights,
         "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
@@ -101,7 +110,7 @@ def slope(rungs: Sequence[Row], against: str) -> float:
 
 def ladders(args: argparse.Namespace, kept: common.Kept) -> dict[str, tuple[str, list[Row]]]:
     """name -> (what the seconds are set against, rungs)."""
-    common.start(args.threads)
+    common.start(1)  # two threads would spend processor time waiting for each other
     tokens = args.samples * LENGTH
     wanted: dict[str, tuple[str, list[tuple[int, int, int]]]] = {
         "depth": ("parameters", [(WIDTH, depth, tokens) for depth in args.depths]),
@@ -119,15 +128,16 @@ def ladders(args: argparse.Namespace, kept: common.Kept) -> dict[str, tuple[str,
 
 
 def ladder_table(name: str, against: str, rungs: list[Row]) -> Table:
+    scale, word = (1e6, "million") if against == "parameters" else (1e3, "thousand")
     cells = {
         f"{row[against]:,}": [
             f"{row['processor_seconds']:.1f}",
             f"{row['seconds']:.1f}",
-            f"{1e6 * row['processor_seconds'] / row[against]:.2f}",
+            f"{scale * row['processor_seconds'] / row[against]:.2f}",
         ]
         for row in rungs
     }
-    columns = (against, "processor seconds", "seconds", f"processor seconds per million {against}")
+    columns = (against, "processor seconds", "seconds", f"processor seconds per {word} {against}")
     return Table(f"Ladder: {name}", columns, cells)
 
 
@@ -141,6 +151,7 @@ def minilm_table(row: Row) -> Table:
         "weights in fp32, MB": [f"{row['weights'] / 1e6:.0f}", "", ""],
         "baseline, MB": [f"{row['baseline'] / 1e6:.0f}", "", ""],
         "with the model loaded, MB": [f"{row['loaded'] / 1e6:.0f}", "", ""],
+        **{f"peak by the end of {stage}, MB": [f"{peak / 1e6:.0f}", "", ""] for stage, peak in row["stages"].items()},
         "peak, MB": [f"{row['peak'] / 1e6:.0f}", "", ""],
         "calibration tokens": [f"{row['tokens']:,}", "", ""],
     }  # fmt: skip

@@ -6,9 +6,9 @@
 Budgets are spread log-uniformly from the smallest reachable size to that of plain fp16, on all-MiniLM-L6-v2, the
 CIFAR-10 ResNet-20 and a small LSTM. Each one is really spent: the model is shrunk and saved, and the bytes of
 model.safetensors and config.json are those on the disk. "Lossless" means that all weights together are no further from
-the original's, by the planner's own measure, than rounding to fp16 takes them. What each layer could become is worked out once a model; each budget has a plan of its own, carried out by
-`pw.shrink(plan=...)`. Layers are calibrated on the original's inputs unless --sequential is given, which takes
-longer. The exit code is 1 if the promise was broken once.
+the original's, by the planner's own measure, than rounding to fp16 takes them. What each layer could become is worked
+out once a model; each budget has a plan of its own, carried out by `pw.shrink(plan=...)`. Layers are calibrated on the
+original's inputs unless --sequential is given, which takes longer. The exit code is 1 if the promise was broken once.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def plans(model: nn.Module, batches: list[Any], count: int) -> tuple[list[pw.Pla
         observation = machinery._observe(job, "output", None, machinery.output_tensor, 0, progress)
         offers = machinery._offers(job, observation, machinery._methods(None, "balanced", job), progress)
     smallest = job.overhead() + sum(min(offer.nbytes for offer in found) for found in offers.values())
-    budgets = spread(smallest, half_precision_bytes(job.model), count)
+    budgets = spread(smallest, half_precision_bytes(job.reference), count)
     lossless = sum(view.distortion(view.weight.half().float()) for view in observation.views.values())
     return [machinery._allocate(job, observation, offers, budget, "hull", 0) for budget in budgets], lossless
 

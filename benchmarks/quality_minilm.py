@@ -96,11 +96,12 @@ def _quality_of(encode: sts.Encode, calibration: str, samples: int) -> dict[str,
 
 
 def is_met(row: Row) -> bool | None:
-    """Whether the row reaches its target, and in time if it was recovered; None if it has none."""
+    """Whether the row fits, reaches its target, and in time if it was recovered; None if it has no target."""
     target = TARGETS.get((row["megabytes"], row["recovered"]))
     if target is None:
         return None
-    return row["dev"] >= target and (not row["recovered"] or row["seconds"] < RECOVERY_SECONDS)
+    fits, in_time = row["bytes"] <= 1e6 * row["megabytes"], row["seconds"] < RECOVERY_SECONDS
+    return fits and row["dev"] >= target and (in_time or not row["recovered"])
 
 
 def rows_of(args: argparse.Namespace) -> tuple[Row, dict[str, Row], dict[str, Row]]:

@@ -127,7 +127,7 @@ def test_storage_in_words():
     assert storage(Codebook.from_codes(codes, torch.zeros(5, 3), cols=12)) == "codebook of 5 blocks of 3"
     assert storage(Sparse.encode(weight(), torch.arange(96).view(8, 12) < 24)) == "sparse, 25 % kept"
     coded = Integer.from_codes(torch.zeros(64, 64, dtype=torch.int64), torch.ones(64, 1), bits=8, group=0)
-    assert storage(coded).startswith("8-bit codes, range-coded to 0.")
+    assert storage(coded).startswith("8-bit codes, range-coded, ")
 
 
 def test_parts_of_a_divided_layer_add_up():

@@ -320,11 +320,8 @@ def storage(packed: PackedWeight) -> str:
     if isinstance(packed, Dense16):
         return f"dense {str(packed.halves.dtype).removeprefix('torch.')}"
     if isinstance(packed, Integer):
-        bits = 8 * packed.nbytes / (rows * cols)
-        coded = (
-            f"{packed.bits}-bit codes" if bits > packed.bits else f"{packed.bits}-bit codes, range-coded to {bits:.2g}"
-        )
-        return coded + _groups(packed.group, cols)
+        coded = ", range-coded" if 8 * packed.nbytes < packed.bits * rows * cols else ""
+        return f"{packed.bits}-bit codes{coded}" + _groups(packed.group, cols)
     if isinstance(packed, Binary):
         return "signs" + _groups(packed.group, cols)
     if isinstance(packed, Sparse):
@@ -409,7 +406,9 @@ def _count_macs(model: nn.Module, packed: Mapping[str, PackedWeight], inputs: An
     finally:
         for handle in handles:
             handle.remove()
-    return {name: {key: value // batch.size for key, value in counts.items()} for name, counts in counted.items()}
+    return {
+        name: {key: value // batch.size for key, value in counts.items() if value} for name, counts in counted.items()
+    }
 
 
 def _mac_hook(counts: dict[str, int], per_row: Mapping[str, int]) -> Any:

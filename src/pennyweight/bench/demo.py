@@ -106,11 +106,9 @@ def demonstrate(
     milliseconds = {}
     for i, n in enumerate(BATCHES):
         progress("measuring time", i, len(BATCHES))
-        before, after = (
-            median_milliseconds(lambda e=e, n=n: e.encode(texts[:n]), repeats=25 if n == 1 else 9) / n
-            for e in (encoder, small)
-        )
-        milliseconds[n] = (before, after)
+        runs = [lambda e=e, n=n: e.encode(texts[:n]) for e in (encoder, small)]
+        before, after = median_milliseconds(runs, repeats=25 if n == 1 else 9)
+        milliseconds[n] = (before / n, after / n)
     progress("measuring time", len(BATCHES), len(BATCHES))
     return Demonstration(
         report=found,

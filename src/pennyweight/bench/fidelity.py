@@ -68,13 +68,15 @@ def _deviations(outputs: Sequence[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def median_milliseconds(run: Callable[[], Any], repeats: int = 15, warm_up: int = 2) -> float:
-    """Median wall time of `run()`, after `warm_up` runs that do not count."""
-    for _ in range(warm_up):
-        run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
+def median_milliseconds(runs: Sequence[Callable[[], Any]], repeats: int, warm_up: int = 2) -> list[float]:
+    """Median wall time of each of `runs`, taken in turn so that a busy moment of the machine falls on all of them.
+
+    The first `warm_up` rounds do not count.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(warm_up + repeats):
+        for run, taken in zip(runs, times):
+            started = time.perf_counter()
+            run()
+            taken.append(1000 * (time.perf_counter() - started))
+    return [statistics.median(taken[warm_up:]) for taken in times]

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import PennyweightError
+from ..memory import return_freed_memory
 from . import demonstration, looking, shrinking
 from .screen import error_line
 
@@ -19,6 +20,7 @@ class _Commands(TyperGroup):
     """Commands in the order they are entered; the users' mistakes of all of them end here."""
 
     def invoke(self, ctx: Any) -> Any:
+        return_freed_memory()
         try:
             return super().invoke(ctx)
         except PennyweightError as error:

@@ -37,6 +37,7 @@ def demo(
         screen.json(result.to_dict())
         return
     screen.show(_figures(result))
+    screen.line(f"[dim]Measured on {result.held_out} sentences that calibration has not seen.[/]\n")
     screen.show(_plan(result))
     page = (result.directory / "report.html").resolve()
     screen.line(f"The page to look at: [bold]{escape(str(page))}[/]")
@@ -53,23 +54,25 @@ def _figures(result: Demonstration) -> Table:
         "size on disk", size_text(result.original_bytes), f"{size_text(result.small_bytes)} ({ratio:.1f} times smaller)"
     )
     table.add_row("bytes", f"{result.original_bytes:,}", f"{result.small_bytes:,}")
-    table.add_row(f"mean cosine to the original, {result.held_out} held-out sentences", "1", f"{result.cosine:.4f}")
-    table.add_row("Spearman of all their pairwise similarities", "1", f"{result.spearman:.4f}")
+    table.add_row("mean cosine to the original", "", f"{result.cosine:.4f}")
+    table.add_row("Spearman of pairwise similarities", "", f"{result.spearman:.4f}")
     for batch, (before, after) in result.milliseconds.items():
-        what = "ms a sentence, one at a time" if batch == 1 else f"ms a sentence, in batches of {batch}"
+        what = "ms a sentence, one by one" if batch == 1 else f"ms a sentence, {batch} at a time"
         table.add_row(what, f"{before:.2f}", f"{after:.2f}")
     return table
 
 
 def _plan(result: Demonstration) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.add_column("heaviest layers")
-    table.add_column("stored as")
+    table.add_column("heaviest layers", no_wrap=True)
+    table.add_column("stored as", overflow="fold")
     table.add_column("bytes", justify="right")
-    table.add_column("bits/weight", justify="right")
+    table.add_column("bits", justify="right")
     heaviest = result.report.heaviest(_PLAN_LINES)
     for row in heaviest:
-        table.add_row(escape(row.name), row.storage, f"{row.nbytes:,}", f"{row.bits_per_weight:.2f}")
+        table.add_row(
+            escape(row.name.removesuffix(".weight")), row.storage, f"{row.nbytes:,}", f"{row.bits_per_weight:.2f}"
+        )
     rest = [row for row in result.report.layers if row not in heaviest]
     methods = Counter(result.plan.choices[row.name].method for row in rest)
     table.add_row(

@@ -64,17 +64,19 @@ def evaluate(
         result = _fidelity(original, small, batches)
         progress("measuring fidelity", 2, 3)
         first = calls(original.model, batches)[len(batches) // 2]
-        before, after = (median_milliseconds(lambda m=m: first(m), 7) for m in (original.model.eval(), small.model))
+        models = (original.model.eval(), small.model)
+        before, after = median_milliseconds([lambda m=m: first(m) for m in models], repeats=7)
         progress("measuring time", 3, 3)
     result |= {"batch_size": first.size, "ms_before": before, "ms_after": after}
     if as_json:
         screen.json(result | {"reference": original.name, "directory": str(directory)})
         return
-    table = Table(title=f"{directory} against {escape(original.name)}", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("against the original")
+    table.add_column("", justify="right")
     for key, value in result.items():
         table.add_row(_FIGURES[key], f"{value:.4f}" if key in _SHARES else f"{value:.3g}")
+    screen.line(f"[bold]{escape(str(directory))}[/] against {escape(original.name)}")
     screen.show(table)
 
 

@@ -177,7 +177,7 @@ def observe(
 
 def weight_only_view(site: WeightSite) -> LayerView:
     """The view without data: every input counts the same, each layer's relative error counts the same."""
-    weight = site.matrix()
+    weight = site.view.to_matrix(site.parameter)
     cols = weight.shape[1]
     hessian = torch.eye(cols, dtype=torch.float64).expand(site.groups, cols, cols).clone()
     size = float(weight.double().pow(2).sum())
@@ -328,7 +328,7 @@ def _fold_parameter_gradients(running: dict[str, _Running], backward: bool) -> N
 
 def _finish(state: _Running, samples: int, scale: float, distortion: str) -> LayerView:
     site = state.site
-    weight = site.matrix()
+    weight = site.view.to_matrix(site.parameter)  # the parameter's own memory where it can be
     if not state.reached:
         return weight_only_view(site)
     hessian = state.moments.mean()

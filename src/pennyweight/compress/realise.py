@@ -77,14 +77,12 @@ def realise(
         decoded = packed.decode()
         site.parameter.copy_(site.to_parameter(decoded))
         done.packed[site.name] = packed
-        original = dataclasses.replace(observation.views[site.name], weight=site_reference[site.name].matrix())
-        done.choices[site.name] = dataclasses.replace(made, distortion=original.distortion(decoded))
+        done.choices[site.name] = dataclasses.replace(made, distortion=observation.views[site.name].distortion(decoded))
         if site.name in keep:
             done.views[site.name] = view
         progress("compress", len(done.packed), len(sites))
         return decoded
 
-    site_reference = {s.name: dataclasses.replace(s, parameter=reference.get_parameter(s.name)) for s in sites}
     if sequential and batches:
         norms = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and m.elementwise_affine]
         visited: set[str] = set()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import registry
 from ..bundle import predict_bytes, round_to_stored
@@ -33,7 +34,7 @@ from .recover import recover as distil
 
 #: What competes by default, and what a preset allows.
 PRESETS: dict[str, tuple[str, ...]] = {
-    "balanced": ("dense", "entropy-gptq", "svd", "rd-prune"),
+    "balanced": ("dense", "entropy-gptq", "svd"),
     "smallest": ("dense", "entropy-gptq", "gptq", "rtn", "binary", "codebook", "svd", "rd-prune", "adaquant"),
     "no-data": ("dense", "entropy-gptq", "rtn", "binary", "codebook", "rd-prune"),
 }
@@ -55,22 +56,23 @@ def _silent(what: str, done: int, total: int) -> None:
 class Record:
     """What is known of a shrunk model: kept on it for report and save.
 
-    plan: as carried out, with real bytes. planned: as planned. frontier lies in the plan. original_bytes: fp32 weights.
-    recovered: loss before and after recovery, if any.
+    plan: as carried out, with real bytes. size: bytes of the files. recovered: loss before and after recovery, if any.
     """
 
     plan: Plan
     size: int
-    views: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     recovered: tuple[float, float] | None = None
-    activations: int | None = None
 
 
 @dataclasses.dataclass
 class _Job:
-    """A model prepared for compression: a folded copy, its sites, the data as calls, and the model's bytes."""
+    """A model made ready.
 
-    model: nn.Module
+    reference: the network to measure and to compare with; the user's own where no batch norm had to be folded. sites: of
+    the reference. batches: the data as calls. parameters, original_bytes: the original's size.
+    """
+
+    reference: nn.Module
     sites: list[WeightSite]
     batches: list[Call]
     parameters: int
@@ -79,7 +81,7 @@ class _Job:
     def overhead(self) -> int:
         """Bytes of the files that are not blobs, for blobs of about the sizes to come."""
         sizes = {site.name: site.parameter.numel() for site in self.sites}
-        return predict_bytes(self.model, sizes) - sum(sizes.values())
+        return predict_bytes(self.reference, sizes) - sum(sizes.values())
 
 
 def plan(
@@ -141,19 +143,20 @@ def shrink(
     reachable size), DataError, WeightError, PlanError, UnknownNameError.
     """
     job = _prepare(model, data)
-    reference = copy.deepcopy(job.model)
     observation = _observe(job, distortion, loss, output, seed, progress)
     if plan is None:
         offers = _offers(job, observation, _methods(methods, preset, job), progress)
         plan = _allocate(job, observation, offers, _budget(job, size, bits, ratio), solver, seed)
     else:
         plan = _adopt(plan, job, size, bits, ratio)
-    largest = _knob(plan, job.sites)
+    small = copy.deepcopy(job.reference).eval()
+    sites = weight_sites(small)
+    largest = _knob(plan, sites)
     done = realise(
-        job.model,
-        reference,
+        small,
+        job.reference,
         job.batches,
-        job.sites,
+        sites,
         plan,
         observation,
         sequential=sequential and distortion != "layer",
@@ -163,10 +166,10 @@ def shrink(
     recovered = None
     if recover:
         recovered = distil(
-            job.model,
-            reference,
-            job.batches if recover_data is None else calls(job.model, recover_data),
-            job.sites,
+            small,
+            job.reference,
+            job.batches if recover_data is None else calls(small, recover_data),
+            sites,
             done,
             plan.budget,
             output=output,
@@ -175,10 +178,10 @@ def shrink(
             seed=seed,
             progress=progress,
         )
-    size_now = _settle(job, observation, plan, done, largest, recovered is not None)
-    small = install(job.model, done.packed)
+    size_now = _settle(small, sites, plan, done, largest, recovered is not None)
+    small = install(small, done.packed)
     round_to_stored(small)
-    final = dataclasses.replace(plan, choices={s.name: done.choices[s.name] for s in job.sites})
+    final = dataclasses.replace(plan, choices={site.name: done.choices[site.name] for site in sites})
     small._pennyweight = Record(final, size_now, recovered=recovered)  # type: ignore[assignment]
     return small
 
@@ -193,16 +196,17 @@ def _prepare(model: nn.Module, data: Any) -> _Job:
     original = sum(
         t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
     )
-    copied = copy.deepcopy(model).eval()
-    batches = calls(copied, data) if data is not None else []
-    if batches:
-        fold_batch_norm(copied, batches[0])
-    sites = weight_sites(copied)
+    batches = calls(model, data) if data is not None else []
+    reference = model
+    if batches and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        reference = copy.deepcopy(model).eval()
+        fold_batch_norm(reference, batches[0])
+    sites = weight_sites(reference)
     if not sites:
         raise WeightError(
             f"{type(model).__name__} has no weight that can be packed (Linear, Embedding, convolution, recurrent)"
         )
-    return _Job(copied, sites, batches, parameters, original)
+    return _Job(reference, sites, batches, parameters, original)
 
 
 def _observe(
@@ -212,7 +216,7 @@ def _observe(
         views = {site.name: weight_only_view(site) for site in job.sites}
         return Observation(views, set(views))
     seen = observe(
-        job.model,
+        job.reference,
         job.batches,
         job.sites,
         distortion=distortion,
@@ -309,15 +313,17 @@ def _knob(plan: Plan, sites: Sequence[WeightSite]) -> str | None:
     return max(able)[1] if able else None
 
 
-def _settle(job: _Job, observation: Observation, plan: Plan, done: Realised, knob: str | None, trained: bool) -> int:
+def _settle(
+    small: nn.Module, sites: Sequence[WeightSite], plan: Plan, done: Realised, knob: str | None, trained: bool
+) -> int:
     """Bring the files to the budget: never above it, a fraction of a percent below at most. Returns their size.
 
     trained: codes come from recovery and are only touched if the files would not fit.
     """
-    site = next((s for s in job.sites if s.name == knob), None)
+    site = next((s for s in sites if s.name == knob), None)
 
     def total() -> int:
-        return predict_bytes(job.model, {name: packed.nbytes for name, packed in done.packed.items()})
+        return predict_bytes(small, {name: packed.nbytes for name, packed in done.packed.items()})
 
     budget = plan.budget
     if budget is None:
@@ -337,7 +343,7 @@ def _settle(job: _Job, observation: Observation, plan: Plan, done: Realised, kno
         with torch.no_grad():
             site.parameter.copy_(site.to_parameter(decoded))
         done.packed[site.name] = new
-        done.choices[site.name] = dataclasses.replace(made, distortion=observation.views[site.name].distortion(decoded))
+        done.choices[site.name] = dataclasses.replace(made, distortion=done.views[site.name].distortion(decoded))
     size = total()
     if size > budget:
         raise BudgetError(
