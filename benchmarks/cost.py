@@ -7,9 +7,9 @@
    less memory above the baseline (all modules imported, sentences tokenised, the model not yet loaded) than four
    times the model's fp32 weights, which themselves count.
 2. Ladders of BERT encoders with random weights and random tokens: deeper, wider, with more calibration tokens.
-   Processor seconds of one thread, which a busy machine hardly changes, and the slope of their logarithm against that of the
-   parameters or tokens, by least squares. Goal: at most 1.1 for depth and for tokens (1 is linear). Width has no goal:
-   a square layer of n inputs has n^2 parameters and a Hessian whose factors take n^3 steps, so its slope tends to 1.5.
+   Processor seconds of one thread, which a busy machine hardly changes, and the slope of their logarithm against that
+   of the parameters or tokens, by least squares. Goal: at most 1.1 for depth and for tokens (1 is linear). Width has no
+   goal: a square layer of n inputs has n^2 parameters and a Hessian that takes n^3 steps, so its slope tends to 1.5.
 The exit code is 1 if a goal is missed. Seconds are those of this machine; run it while nothing else runs.
 """
 

@@ -85,7 +85,7 @@ def tokenise(sentences: Sequence[str]) -> dict[str, Tensor]:
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
-def batches(sentences: Sequence[str], batch_size: int = 32) -> list[dict[str, Tensor]]:
+def batches(sentences: Sequence[str], batch_size: int = 8) -> list[dict[str, Tensor]]:
     """Calibration data: the sentences in their order, as keyword arguments of the encoder's forward."""
     return [tokenise(sentences[i : i + batch_size]) for i in range(0, len(sentences), batch_size)]
 

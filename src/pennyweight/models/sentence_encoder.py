@@ -78,9 +78,12 @@ class SentenceEncoder:
         )
 
     def batches(
-        self, texts: Sequence[str], batch_size: int = 32, max_length: int | None = None
+        self, texts: Sequence[str], batch_size: int = 8, max_length: int | None = None
     ) -> list[dict[str, Tensor]]:
-        """Calibration data: texts of about the same length together, so that little padding is computed."""
+        """Calibration data: texts of about the same length together, so that little padding is computed.
+
+        Batches are small by default: the activations of one are what calibration needs memory for.
+        """
         return [self.tokenize([texts[i] for i in part], max_length) for part in _by_length(texts, batch_size)]
 
     def output(self, result: Any, call: Call) -> Tensor:
