@@ -77,8 +77,8 @@ def plans(model: nn.Module, batches: list[Any], count: int) -> tuple[list[pw.Pla
         job = machinery._prepare(model, batches)
         observation = machinery._observe(job, "output", None, machinery.output_tensor, 0, progress)
         offers = machinery._offers(job, observation, machinery._methods(None, "balanced", job), progress)
-    smallest = job.overhead() + sum(min(offer.nbytes for offer in found) for found in offers.values())
-    budgets = spread(smallest, half_precision_bytes(job.reference), count)
+    least = {name: min(offer.nbytes for offer in found) for name, found in offers.items()}
+    budgets = spread(job.overhead(least) + sum(least.values()), half_precision_bytes(job.reference), count)
     lossless = sum(view.distortion(view.weight.half().float()) for view in observation.views.values())
     return [machinery._allocate(job, observation, offers, budget, "hull", 0) for budget in budgets], lossless
 

@@ -6,6 +6,7 @@ small  = pw.shrink(model, size="7MB", data=batches)    # or bits=2.0, ratio=12, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -26,9 +27,10 @@ from .allocate import allocate
 from .budget import Budget
 from .contract import Candidate, compressor, sample_rows
 from .data import Call, Output, calls, output_tensor
+from .entropy_gptq import STEPS
 from .norms import fold_batch_norm
 from .observe import Loss, Observation, observe, weight_only_view
-from .plan import LayerInfo, Plan
+from .plan import Choice, LayerInfo, Plan
 from .realise import Realised, is_adjustable, pack, realise
 from .recover import recover as distil
 
@@ -42,8 +44,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
 #: Layers larger than this are priced on a sample of their rows.
 SAMPLE_VALUES = 1 << 17
 
-#: A plan aims this much below the budget where blobs may come out larger than planned; settling spends it afterwards.
 _SETTLE_ROUNDS = 6
+#: What takes up the slack of a plan in which no layer can take any size.
+_FILLER = "entropy-gptq"
 
 Progress = Callable[[str, int, int], None]
 
@@ -68,7 +71,7 @@ class Record:
 class _Job:
     """A model made ready.
 
-    reference: the network to measure and to compare with; the user's own where no batch norm had to be folded. sites: of
+    reference: the network to measure and to compare with; the user's own unless batch norms had to be folded. sites: of
     the reference. batches: the data as calls. parameters, original_bytes: the original's size.
     """
 
@@ -78,10 +81,9 @@ class _Job:
     parameters: int
     original_bytes: int
 
-    def overhead(self) -> int:
-        """Bytes of the files that are not blobs, for blobs of about the sizes to come."""
-        sizes = {site.name: site.parameter.numel() for site in self.sites}
-        return predict_bytes(self.reference, sizes) - sum(sizes.values())
+    def overhead(self, blob_bytes: Mapping[str, int]) -> int:
+        """Bytes of the files that are not blobs; the header's digits depend on how large those are."""
+        return predict_bytes(self.reference, blob_bytes) - sum(blob_bytes.values())
 
 
 def plan(
@@ -160,7 +162,7 @@ def shrink(
         plan,
         observation,
         sequential=sequential and distortion != "layer",
-        keep=[largest] if largest else [],
+        keep=[largest],
         progress=progress,
     )
     recovered = None
@@ -275,7 +277,11 @@ def _allocate(
     seed: int,
 ) -> Plan:
     rows = {site.name: site.view.matrix_shape[0] for site in job.sites}
-    plan = allocate(offers, budget, job.overhead(), solver, rows=rows)
+    smallest = job.overhead({name: min(c.nbytes for c in found) for name, found in offers.items()})
+    plan = allocate(offers, budget, smallest, solver, rows=rows)  # a BudgetError names what is truly the least
+    overhead = job.overhead({name: choice.nbytes or 0 for name, choice in plan.choices.items()})
+    with contextlib.suppress(BudgetError):  # so near the least that the larger header does not fit
+        plan = allocate(offers, budget, overhead, solver, rows=rows)
     plan.original_bytes, plan.seed = job.original_bytes, seed
     plan.layers = {
         site.name: LayerInfo(
@@ -303,24 +309,25 @@ def _adopt(plan: Plan, job: _Job, size: int | str | None, bits: float | None, ra
     return plan
 
 
-def _knob(plan: Plan, sites: Sequence[WeightSite]) -> str | None:
-    """The layer whose size is settled last: the one with most bytes among those that can take (nearly) any size."""
+def _knob(plan: Plan, sites: Sequence[WeightSite]) -> str:
+    """The layer whose size is settled last: the one with most bytes among those that can take (nearly) any size.
+
+    If there is none, the smallest layer, which then takes what the others leave.
+    """
     able = [
         (plan.choices[s.name].nbytes or s.parameter.numel(), s.name)
         for s in sites
         if is_adjustable(plan.choices[s.name].method) or plan.choices[s.name].split is not None
     ]
-    return max(able)[1] if able else None
+    return max(able)[1] if able else min((s.parameter.numel(), s.name) for s in sites)[1]
 
 
-def _settle(
-    small: nn.Module, sites: Sequence[WeightSite], plan: Plan, done: Realised, knob: str | None, trained: bool
-) -> int:
+def _settle(small: nn.Module, sites: Sequence[WeightSite], plan: Plan, done: Realised, knob: str, trained: bool) -> int:
     """Bring the files to the budget: never above it, a fraction of a percent below at most. Returns their size.
 
     trained: codes come from recovery and are only touched if the files would not fit.
     """
-    site = next((s for s in sites if s.name == knob), None)
+    site = next(s for s in sites if s.name == knob)
 
     def total() -> int:
         return predict_bytes(small, {name: packed.nbytes for name, packed in done.packed.items()})
@@ -330,12 +337,16 @@ def _settle(
         return total()
     for _ in range(_SETTLE_ROUNDS):
         slack = budget - total()
-        if site is None or 0 <= slack <= max(0.001 * budget, 16) or (trained and slack >= 0):
+        if 0 <= slack <= max(0.001 * budget, 8) or (trained and slack >= 0):
             break
         choice, packed = done.choices[site.name], done.packed[site.name]
         target = packed.nbytes + slack - (8 if slack < 0 else 0)
         if target < 16:
             break
+        if not is_adjustable(choice.method) and choice.split is None:
+            if slack < 0 or choice.method == "dense":
+                break
+            choice = Choice(_FILLER, {"step": STEPS[0]})
         new, made = pack(done.views[site.name], dataclasses.replace(choice, nbytes=target))
         if slack > 0 and not packed.nbytes < new.nbytes <= target:
             break
