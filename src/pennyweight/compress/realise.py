@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import PackedWeight, Split
+from ..layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
 from ..layers.sites import WeightSite
 from .capture import input_rows, is_observable
 from .contract import Compressor, LayerView, compressor
@@ -77,7 +78,7 @@ def realise(
         decoded = packed.decode()
         site.parameter.copy_(site.to_parameter(decoded))
         done.packed[site.name] = packed
-        done.choices[site.name] = dataclasses.replace(made, distortion=observation.views[site.name].distortion(decoded))
+        done.choices[site.name] = dataclasses.replace(made, distortion=view.distortion(decoded))
         if site.name in keep:
             done.views[site.name] = view
         progress("compress", len(done.packed), len(sites))
@@ -102,6 +103,27 @@ def realise(
         if site.name not in done.packed:
             finish(site, observation.views[site.name])
     return done
+
+
+def quantise_inputs(model: nn.Module, batches: Sequence[Call], sites: Sequence[WeightSite], bits: int) -> None:
+    """Give every Linear and convolution of `model` an input quantiser of `bits` bits, calibrated on the data; in place.
+
+    A layer that reads the data itself (the first one reached, if its input is floating) keeps at least 8 bits.
+    """
+    names = list(
+        dict.fromkeys(s.module_name for s in sites if s.kind in ("linear", "conv") and s.attribute == "weight")
+    )
+    attached: set[str] = set()
+    with evaluating(model):
+        for halt in lockstep(model, batches, names):
+            if halt.module in attached:
+                continue
+            data = batches[halt.batches[0]].tensors()
+            raw = not attached and any(halt.inputs[0][0] is tensor for tensor in data)
+            quantizer = ActivationQuantizer(max(bits, 8) if raw else bits)
+            quantizer.calibrate([inputs[0] for inputs in halt.inputs])
+            attach_input_quantizer(model.get_submodule(halt.module), quantizer)
+            attached.add(halt.module)
 
 
 def pack(view: LayerView, choice: Choice) -> tuple[PackedWeight, Choice]:
@@ -198,18 +220,22 @@ def _compress_at(
 
 @dataclasses.dataclass
 class _Pair:
-    """Weighted moments of the compressed model's inputs (ours) and the reference's (theirs): float64 [groups, ...]."""
+    """Weighted moments of the compressed model's inputs (ours) and the reference's (theirs): float64 [groups, ...].
+
+    positions: how many there are, as counted by their weights.
+    """
 
     ours: Tensor
     theirs: Tensor
     cross: Tensor
     our_mean: Tensor
     their_mean: Tensor
+    positions: float
 
     def target(self, weight: Tensor) -> Tensor:
         """V [groups, rows, cols] of the module docstring; W itself where the moments are too poor to solve for it."""
         cols = weight.shape[-1]
-        ridge = RIDGE * self.theirs
+        ridge = RIDGE * (1 + 4 * cols / self.positions) * self.theirs  # the fewer positions, the less they are trusted
         eye = (
             torch.eye(cols, dtype=torch.float64) * (1e-4 * self.ours.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None]
         )
@@ -225,7 +251,7 @@ def _moments(site: WeightSite, here: Halt, there: Halt, observation: Observation
     cols, groups = site.view.matrix_shape[1], site.groups
     square = [torch.zeros(groups, cols, cols, dtype=torch.float64) for _ in range(3)]
     sums = [torch.zeros(groups, cols, dtype=torch.float64) for _ in range(2)]
-    total = 0.0
+    total = squares = 0.0
     for batch, ours, theirs in zip(here.batches, here.inputs, there.inputs):
         weight = observation.position_weight.get((site.module_name, batch, 0))
         at = 0
@@ -240,6 +266,7 @@ def _moments(site: WeightSite, here: Halt, there: Halt, observation: Observation
             sums[0] += weighted.sum(1).double()
             sums[1] += (y * s[None, :, None]).sum(1).double()
             total += float(s.sum())
+            squares += float(s.pow(2).sum())
     if total <= 0:
         return None
     mine, their = sums[0] / total, sums[1] / total
@@ -255,6 +282,7 @@ def _moments(site: WeightSite, here: Halt, there: Halt, observation: Observation
         square[2] / total - outer(their, mine),
         mine,
         their,
+        total**2 / squares,
     )
 
 

@@ -18,6 +18,7 @@ steered to hold the size, and the last word has the real encoder.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ FEATURES = 0.3
 #: Learning rates: of a latent weight, in units of its layer's grid; of norms and biases, absolute.
 LATENT_RATE, AFFINE_RATE = 0.004, 1e-4
 _WARM_UP = 0.05
-_STEER_EVERY = 20
+_STEER_EVERY, _STEER_FROM = 20, 0.005
 #: The grids stop changing when this share of the steps is done.
 _STEER_UNTIL = 0.8
 
@@ -125,12 +126,19 @@ def recover(
 ) -> tuple[float, float]:
     """Train `model` (parameters as decoded by realise) in place and replace `done.packed`; loss before and after.
 
-    budget: bytes of the files, held if not None. Returns the mean loss over the first and the last tenth of the steps.
+    budget: bytes of the files, held if not None. Every tenth batch is held out: returns the relative squared error of
+    the outputs on those before and after; where it did not fall, everything is put back.
     Raises DataError if there are no batches or the loss stops being finite.
     """
     if not batches:
         raise DataError("recover needs calibration data: it distils the original into the small model on your batches")
     generator = torch.Generator().manual_seed(seed)
+    apart = set(range(0, len(batches), 10)) if len(batches) > 1 else set()  # judged on, not trained on
+    held_out = [call for i, call in enumerate(batches) if i in apart or not apart]
+    trained_on = [i for i in range(len(batches)) if i not in apart]
+    before = _validation(model, reference, held_out, output)
+    kept = dict(done.packed), dict(done.choices)
+    untouched = copy.deepcopy(model.state_dict())
     grids = {
         s.name: _Grid(s, p)
         for s in sites
@@ -166,13 +174,12 @@ def recover(
     )
     latents = {n: _latent(by_name[n]) for n in grids}
     steering = _Steering(model, done, grids, latents, budget)
-    losses: list[float] = []
     order: list[int] = []
     scale: float | None = None
     with evaluating(model), evaluating(reference), _features(model) as ours, _features(reference) as theirs:
         for step in range(steps):
-            order = order or torch.randperm(len(batches), generator=generator).tolist()
-            index = order.pop()
+            order = order or torch.randperm(len(trained_on), generator=generator).tolist()
+            index = trained_on[order.pop()]
             call = batches[index]
             with torch.no_grad():
                 target = output(call(reference), call)
@@ -188,7 +195,6 @@ def recover(
             loss.backward()
             optimizer.step()
             schedule.step()
-            losses.append(float(loss.detach()))
             if step % _STEER_EVERY == _STEER_EVERY - 1 and step < _STEER_UNTIL * steps:
                 steering.steer()
             progress("recover", step + 1, steps)
@@ -207,8 +213,24 @@ def recover(
     for p, wanted in wanted_grad.items():
         p.requires_grad_(wanted)
         p.grad = None
-    tenth = max(1, len(losses) // 10)
-    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    after = _validation(model, reference, held_out, output)
+    if after >= before:  # never worse on data it was not trained on
+        model.load_state_dict(untouched)
+        done.packed, done.choices = kept
+        return before, before
+    return before, after
+
+
+@torch.no_grad()
+def _validation(model: nn.Module, reference: nn.Module, batches: Sequence[Call], output: Output) -> float:
+    """Squared error of the outputs over the variance of the reference's."""
+    error = energy = 0.0
+    with evaluating(model), evaluating(reference):
+        for call in batches:
+            target = output(call(reference), call).double()
+            error += float((output(call(model), call).double() - target).pow(2).sum())
+            energy += float((target - target.mean()).pow(2).sum())
+    return error / max(energy, 1e-30)
 
 
 def _latent(site: WeightSite) -> Callable[[], Tensor]:
@@ -275,7 +297,9 @@ class _Steering:
             return
         planned = sum(nbytes for nbytes, _ in self.start.values())
         now = sum(nbytes * self._entropy(n) / max(h, 1.0) for n, (nbytes, h) in self.start.items())
-        self._scale(math.exp(max(-0.05, min(0.05, 1.2 * math.log(max(now, 1.0) / max(planned, 1))))))
+        drift = math.log(max(now, 1.0) / max(planned, 1))
+        if abs(drift) > _STEER_FROM:  # every change of the grids rounds all weights anew
+            self._scale(math.exp(max(-0.05, min(0.05, 1.2 * drift))))
 
     def _scale(self, factor: float) -> None:
         for name in self.free:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import registry
 from ..bundle import predict_bytes, round_to_stored
-from ..errors import BudgetError, UnknownNameError, WeightError, warn
+from ..errors import BudgetError, DataError, UnknownNameError, WeightError, warn
 from ..layers.packed import install, packed_blobs
 from ..layers.sites import WeightSite, weight_sites
 from .allocate import allocate
@@ -28,10 +28,10 @@ from .budget import Budget
 from .contract import Candidate, compressor, sample_rows
 from .data import Call, Output, calls, output_tensor
 from .entropy_gptq import STEPS
-from .norms import fold_batch_norm
+from .norms import correct_bias, fold_batch_norm
 from .observe import Loss, Observation, observe, weight_only_view
 from .plan import Choice, LayerInfo, Plan
-from .realise import Realised, is_adjustable, pack, realise
+from .realise import Realised, is_adjustable, pack, quantise_inputs, realise
 from .recover import recover as distil
 
 #: What competes by default, and what a preset allows.
@@ -132,6 +132,7 @@ def shrink(
     output: Output = output_tensor,
     solver: str = "hull",
     sequential: bool = True,
+    activations: int | None = None,
     recover: int = 0,
     recover_data: Any = None,
     seed: int = 0,
@@ -140,9 +141,10 @@ def shrink(
     """The best network of a size: a packed copy of the model whose saved files fit the budget and use 99 % of it.
 
     Arguments as for `plan`; or plan=, a (perhaps edited) plan to carry out. sequential: recalibrate each layer on
-    inputs from the layers already compressed. recover: optimizer steps of label-free distillation against the
-    original, on recover_data (more batches like data; data itself if None). Raises BudgetError (with the smallest
-    reachable size), DataError, WeightError, PlanError, UnknownNameError.
+    inputs from the layers already compressed. activations: bits of the inputs of Linear and convolution layers,
+    quantised per tensor with ranges from the data (None: left alone). recover: optimizer steps of label-free
+    distillation against the original, on recover_data (more batches like data; data itself if None).
+    Raises BudgetError (with the smallest reachable size), DataError, WeightError, PlanError, UnknownNameError.
     """
     job = _prepare(model, data)
     observation = _observe(job, distortion, loss, output, seed, progress)
@@ -165,6 +167,11 @@ def shrink(
         keep=[largest],
         progress=progress,
     )
+    if activations is not None:
+        if not job.batches:
+            raise DataError("activations= needs calibration data: the ranges of the inputs come from it")
+        quantise_inputs(small, job.batches, sites, activations)
+        correct_bias(small, job.reference, job.batches)
     recovered = None
     if recover:
         recovered = distil(
@@ -180,7 +187,9 @@ def shrink(
             seed=seed,
             progress=progress,
         )
-    size_now = _settle(small, sites, plan, done, largest, recovered is not None)
+    originals = dict(job.reference.named_parameters())
+    trained = recovered is not None and recovered[1] < recovered[0]
+    size_now = _settle(small, originals, sites, plan, done, largest, trained)
     small = install(small, done.packed)
     round_to_stored(small)
     final = dataclasses.replace(plan, choices={site.name: done.choices[site.name] for site in sites})
@@ -280,6 +289,10 @@ def _allocate(
     smallest = job.overhead({name: min(c.nbytes for c in found) for name, found in offers.items()})
     plan = allocate(offers, budget, smallest, solver, rows=rows)  # a BudgetError names what is truly the least
     overhead = job.overhead({name: choice.nbytes or 0 for name, choice in plan.choices.items()})
+    kept = {name: [c for c in found if c.method == "dense"] for name, found in offers.items()}
+    dense = {name: found[0].nbytes for name, found in kept.items() if found}
+    if len(dense) == len(kept) and job.overhead(dense) + sum(dense.values()) <= budget:
+        offers = kept  # nothing has to be lost
     with contextlib.suppress(BudgetError):  # so near the least that the larger header does not fit
         plan = allocate(offers, budget, overhead, solver, rows=rows)
     plan.original_bytes, plan.seed = job.original_bytes, seed
@@ -322,10 +335,19 @@ def _knob(plan: Plan, sites: Sequence[WeightSite]) -> str:
     return max(able)[1] if able else min((s.parameter.numel(), s.name) for s in sites)[1]
 
 
-def _settle(small: nn.Module, sites: Sequence[WeightSite], plan: Plan, done: Realised, knob: str, trained: bool) -> int:
+def _settle(
+    small: nn.Module,
+    originals: Mapping[str, nn.Parameter],
+    sites: Sequence[WeightSite],
+    plan: Plan,
+    done: Realised,
+    knob: str,
+    trained: bool,
+) -> int:
     """Bring the files to the budget: never above it, a fraction of a percent below at most. Returns their size.
 
-    trained: codes come from recovery and are only touched if the files would not fit.
+    originals: parameters before they were mended, put back where that alone makes the files fit. trained: codes come
+    from recovery and are only touched if the files would not fit.
     """
     site = next(s for s in sites if s.name == knob)
 
@@ -355,6 +377,12 @@ def _settle(small: nn.Module, sites: Sequence[WeightSite], plan: Plan, done: Rea
             site.parameter.copy_(site.to_parameter(decoded))
         done.packed[site.name] = new
         done.choices[site.name] = dataclasses.replace(made, distortion=done.views[site.name].distortion(decoded))
+    if total() > budget:  # mended biases and norms may compress a little worse than the original ones
+        packed_already = {id(s.parameter) for s in sites}
+        with torch.no_grad():
+            for name, parameter in small.named_parameters():
+                if id(parameter) not in packed_already and name in originals:
+                    parameter.copy_(originals[name])
     size = total()
     if size > budget:
         raise BudgetError(

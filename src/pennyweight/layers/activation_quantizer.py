@@ -143,7 +143,7 @@ class ActivationQuantizer(nn.Module):
     """Quantises its input per tensor to `bits` bits. Parameters: `range` and `zero`, scalars in the input's units.
 
     As made it spans [0, 1]; `calibrate` sets it from data. A module that owns one as `input_quantizer` applies it to
-    its first positional input (`attach_input_quantizer` for plain modules; packed modules do so by themselves).
+    its first positional input (`attach_input_quantizer`).
     """
 
     range: nn.Parameter
