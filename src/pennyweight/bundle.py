@@ -60,6 +60,14 @@ def round_to_stored(model: nn.Module) -> None:
         tensor.copy_(tensor.to(stored_dtype(tensor)))
 
 
+@torch.no_grad()
+def halve(parameters: Iterable[Tensor]) -> None:
+    """Round parameters to float16 values, in place, so that they are stored in two bytes; too large ones stay."""
+    for parameter in parameters:
+        if parameter.is_floating_point() and bool((parameter.abs() < 65504).all()):
+            parameter.copy_(parameter.half())
+
+
 def pack_rest(model: nn.Module, packed: Iterable[str] = ()) -> bytes:
     """The bundle `pennyweight.rest` of a model: all of its state that is not packed, zlib-compressed.
 

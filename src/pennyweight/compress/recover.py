@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..bundle import predict_bytes
+from ..bundle import halve, predict_bytes
 from ..errors import DataError
 from ..formats import Integer, PackedWeight
 from ..layers.sites import WeightSite
@@ -37,7 +37,7 @@ from .realise import Realised
 
 FEATURES = 0.3
 #: Learning rates: of a latent weight, in units of its layer's grid; of norms and biases, absolute.
-LATENT_RATE, AFFINE_RATE = 0.004, 1e-4
+LATENT_RATE, AFFINE_RATE = 0.02, 1e-3
 _WARM_UP = 0.05
 _STEER_EVERY, _STEER_FROM = 20, 0.005
 #: The grids stop changing when this share of the steps is done.
@@ -204,6 +204,7 @@ def recover(
         for place in (site.name, *site.aliases):
             module, attribute = model.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+    halve(affine)
     steering.finish(trained_matrices)
     for name in grids:
         site, packed = by_name[name], done.packed[name]

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import registry
-from ..bundle import predict_bytes, round_to_stored
+from ..bundle import halve, predict_bytes, round_to_stored
 from ..errors import BudgetError, DataError, UnknownNameError, WeightError, warn
 from ..layers.packed import install, packed_blobs
 from ..layers.sites import WeightSite, weight_sites
@@ -172,6 +172,10 @@ def shrink(
             raise DataError("activations= needs calibration data: the ranges of the inputs come from it")
         quantise_inputs(small, job.batches, sites, activations)
         correct_bias(small, job.reference, job.batches)
+    at_sites = {id(site.parameter) for site in sites}
+    halve(p for p in small.parameters() if id(p) not in at_sites)
+    originals = dict(job.reference.named_parameters())
+    size_now = _settle(small, originals, sites, plan, done, largest, trained=False)
     recovered = None
     if recover:
         recovered = distil(
@@ -187,9 +191,7 @@ def shrink(
             seed=seed,
             progress=progress,
         )
-    originals = dict(job.reference.named_parameters())
-    trained = recovered is not None and recovered[1] < recovered[0]
-    size_now = _settle(small, originals, sites, plan, done, largest, trained)
+        size_now = _settle(small, originals, sites, plan, done, largest, trained=recovered[1] < recovered[0])
     small = install(small, done.packed)
     round_to_stored(small)
     final = dataclasses.replace(plan, choices={site.name: done.choices[site.name] for site in sites})
