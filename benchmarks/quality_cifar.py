@@ -24,8 +24,8 @@ import data
 import pennyweight as pw
 from common import Result, Row, Table, verdict
 from pennyweight.artifact import round_to_stored
-from pennyweight.compress.adaquant import adaquant
-from pennyweight.compress.norms import fold_batch_norm
+from pennyweight.compress.adaquant_model import adaquant
+from pennyweight.compress.folding import fold_batch_norm
 from pennyweight.layers.packed import install
 from pennyweight.progress import progress_bars
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pennyweight.compress.adaquant import AdaQuant, AffineWeight, adaquant, starting_grid, tune_weight
+from pennyweight.compress.adaquant import AdaQuant, AffineWeight, starting_grid, tune_weight
+from pennyweight.compress.adaquant_model import adaquant
 from pennyweight.compress.contract import LayerView
 from pennyweight.errors import DataError, PlanError, UnknownNameError, WeightError
 from pennyweight.formats import from_bytes

@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pennyweight.compress.norms import (
-    bias_tune,
-    correct_bias,
-    divergence,
-    fold_batch_norm,
-    para_normalise,
-)
+from pennyweight.compress.distillation import bias_tune, divergence
+from pennyweight.compress.folding import fold_batch_norm
+from pennyweight.compress.norms import correct_bias, para_normalise
 from pennyweight.errors import DataError, PlanError
 
 

@@ -17,8 +17,9 @@ from pennyweight.errors import ArtifactError, WeightError
 from pennyweight.formats import Binary, Codebook, Dense16, Integer, LowRank, Sparse, Split
 from pennyweight.layers.packed import install
 from pennyweight.layers.sites import weight_sites
-from pennyweight.report import Histogram, LayerRow, Report, report, report_artifact, storage
+from pennyweight.report import Histogram, LayerRow, Report, report, report_artifact
 from pennyweight.report_page import page, size_text
+from pennyweight.report_storage import storage
 
 
 def weight(rows=8, cols=12):

@@ -8,7 +8,7 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def return_freed_memory(threshold: int = 1 << 20) -> None:
+def return_freed_memory(threshold: int = 1 << 17) -> None:
     """Have glibc map blocks of `threshold` bytes and more by themselves, so that freeing them shrinks the process.
 
     By default glibc raises that limit as tensors come and go, and a run's peak is then mostly holes. A setting of the

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,14 +28,13 @@ from torch import Tensor, nn
 
 from .artifact import PLAN, read_artifact
 from .bundle import config_json, file_bytes, pack_rest
-from .compress.data import calls
-from .compress.observe import evaluating
 from .compress.plan import Plan
 from .compress.shrink import Record
 from .errors import ArtifactError, WeightError
-from .formats import Binary, Codebook, Dense16, Integer, LowRank, PackedWeight, Sparse, Split
+from .formats import PackedWeight
 from .layers.packed import packed_blobs, packed_weights
 from .layers.sites import weight_sites
+from .report_storage import count_macs, storage, storage_parts
 
 #: Layers drawn with a histogram: the largest so many.
 HISTOGRAMS = 12
@@ -127,10 +127,10 @@ class Report:
         """Multiplications a sample by "weight bits x input bits"; None without inputs."""
         if all(row.macs is None for row in self.layers):
             return None
-        total: dict[str, int] = {}
+        total: Counter[str] = Counter()
         for row in self.layers:
-            _add(total, row.macs or {})
-        return dict(sorted(total.items(), key=lambda item: -item[1]))
+            total.update(row.macs or {})
+        return dict(total.most_common())
 
     @property
     def smallest(self) -> int | None:
@@ -247,7 +247,7 @@ def report(
         plan,
         size=file_bytes(blobs, len(pack_rest(model)), len(config_json(model))),
         parameters=sum(math.prod(w.shape) for w in packed.values()) + sum(p.numel() for p in model.parameters()),
-        macs=_count_macs(model, packed, inputs) if inputs is not None else None,
+        macs=count_macs(model, packed, inputs) if inputs is not None else None,
         histograms=_histograms(model, packed, original),
     )
     made.name = name or type(model).__name__
@@ -294,7 +294,7 @@ def _build(
                 shape=info.shape if info else tuple(weight.shape),
                 method=_rounded(choice.label) if choice else None,
                 storage=storage(weight),
-                parts=_parts(weight),
+                parts=storage_parts(weight),
                 nbytes=weight.nbytes,
                 original_bytes=info.original_bytes if info else None,
                 weights=math.prod(weight.shape),
@@ -311,119 +311,9 @@ def _build(
     return made
 
 
-# ------------------------------------------------------------------------------------------------ formats in words
-
-
-def storage(packed: PackedWeight) -> str:
-    """How a weight is stored, in words: "3-bit codes, groups of 64"."""
-    rows, cols = packed.shape
-    if isinstance(packed, Dense16):
-        return f"dense {str(packed.halves.dtype).removeprefix('torch.')}"
-    if isinstance(packed, Integer):
-        coded = ", range-coded" if 8 * packed.nbytes < packed.bits * rows * cols else ""
-        return f"{packed.bits}-bit codes{coded}" + _groups(packed.group, cols)
-    if isinstance(packed, Binary):
-        return "signs" + _groups(packed.group, cols)
-    if isinstance(packed, Sparse):
-        return f"sparse, {100 * _kept(packed) / (rows * cols):.3g} % kept"
-    if isinstance(packed, LowRank):
-        rank = packed.left.shape[1]
-        return f"rank {rank} ({storage(packed.left)})" if rank else "rank 0 (all zero)"
-    if isinstance(packed, Codebook):
-        entries, width = packed.codebook.halves.shape
-        return f"codebook of {entries} blocks of {width}"
-    if isinstance(packed, Split):
-        share = 100 * packed.second.shape[0] / rows
-        return f"{storage(packed.first)}; {share:.3g} % of rows {storage(packed.second)}"
-    return packed.format
-
-
 def _rounded(label: str) -> str:
     """A plan's label with its fractions to four digits."""
     return re.sub(r"\d+\.\d{4,}(e-?\d+)?", lambda number: f"{float(number[0]):.4g}", label)
-
-
-def _groups(group: int, cols: int) -> str:
-    return f", groups of {group}" if 0 < group < cols else ""
-
-
-def _kept(packed: Sparse) -> int:
-    return int(packed.mask.all().sum())
-
-
-def _parts(packed: PackedWeight) -> list[tuple[str, int]]:
-    """(format, bytes) of the parts of a divided weight; its own header and bitmap count with the first."""
-    if not isinstance(packed, Split):
-        return [(packed.format, packed.nbytes)]
-    first, second = _parts(packed.first), _parts(packed.second)
-    own = packed.nbytes - sum(size for _, size in (*first, *second))
-    merged: dict[str, int] = {}
-    for kind, size in ((first[0][0], own), *first, *second):
-        merged[kind] = merged.get(kind, 0) + size
-    return list(merged.items())
-
-
-# --------------------------------------------------------------------------------------------------- multiplications
-
-
-def _weight_macs(packed: PackedWeight) -> dict[str, int]:
-    """Multiplications of one input row with the weight, by what the weights are stored as."""
-    rows, cols = packed.shape
-    if isinstance(packed, Split):
-        return _add(_weight_macs(packed.first), _weight_macs(packed.second))
-    if isinstance(packed, LowRank):
-        return _add(_weight_macs(packed.left), _weight_macs(packed.right))
-    if isinstance(packed, Sparse):
-        return {"sparse": _kept(packed)}
-    if isinstance(packed, Codebook):
-        return {"codebook": rows * cols}
-    if isinstance(packed, Integer):
-        return {f"{packed.bits}-bit": rows * cols}
-    return {"1-bit" if isinstance(packed, Binary) else "16-bit": rows * cols}
-
-
-def _add(total: dict[str, int], more: Mapping[str, int]) -> dict[str, int]:
-    for key, value in more.items():
-        total[key] = total.get(key, 0) + value
-    return total
-
-
-@torch.no_grad()
-def _count_macs(model: nn.Module, packed: Mapping[str, PackedWeight], inputs: Any) -> dict[str, dict[str, int]]:
-    """Per weight: multiplications a sample, seen on the first batch. Embeddings multiply nothing."""
-    batch = calls(model, inputs)[0]
-    counted: dict[str, dict[str, int]] = {name: {} for name in packed}
-    handles = []
-    for names in packed_blobs(model):
-        for name in names:
-            module = model.get_submodule(name.rpartition(".")[0])
-            if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                hook = _mac_hook(counted[names[0]], _weight_macs(packed[names[0]]))
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
-    try:
-        with evaluating(model):
-            batch(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        name: {key: value // batch.size for key, value in counts.items() if value} for name, counts in counted.items()
-    }
-
-
-def _mac_hook(counts: dict[str, int], per_row: Mapping[str, int]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        first = (args or tuple(kwargs.values()))[0]
-        seen = first.data if isinstance(first, nn.utils.rnn.PackedSequence) else first
-        transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-        if hasattr(module, "out_channels"):
-            positions = seen.numel() // module.in_channels if transposed else result.numel() // module.out_channels
-        else:
-            positions = seen.numel() // seen.shape[-1]
-        input_bits = getattr(getattr(module, "input_quantizer", None), "bits", 32)
-        _add(counts, {f"{key} x {input_bits}-bit": value * positions for key, value in per_row.items()})
-
-    return hook
 
 
 # -------------------------------------------------------------------------------------------------------- histograms

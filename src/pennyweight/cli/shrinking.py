@@ -53,22 +53,15 @@ def plan(
 ) -> None:
     """A dry run: what each layer would become, and what the files would weigh."""
     screen = Screen(as_json, quiet)
-    _one_budget(size, bits, ratio)
+    search = _search(size, bits, ratio, methods, preset, distortion, solver, seed)
     with screen.working() as progress:
         source = load_source(model)
         made = make_plan(
             source.model,
-            size=size,
-            bits=bits,
-            ratio=ratio,
             data=_calibration(screen, source, data, samples),
-            methods=_names(methods),
-            preset=preset,
-            distortion=distortion,
             output=source.output,
-            solver=solver,
-            seed=seed,
             progress=progress,
+            **search,
         )
     if output is not None:
         try:
@@ -105,26 +98,19 @@ def shrink(
 ) -> None:
     """The best network of a size, in files that fit it."""
     screen = Screen(as_json, quiet)
-    _one_budget(size, bits, ratio, planned=plan is not None)
+    search = _search(size, bits, ratio, methods, preset, distortion, solver, seed, planned=plan is not None)
     chosen = Plan.load(plan) if plan is not None else None
     with screen.working() as progress:
         source = load_source(model)
         batches = _calibration(screen, source, data, samples)
         small = make_small(
             source.model,
-            size=size,
-            bits=bits,
-            ratio=ratio,
             plan=chosen,
             data=batches,
-            methods=_names(methods),
-            preset=preset,
-            distortion=distortion,
             output=source.output,
-            solver=solver,
             recover=recover,
-            seed=seed,
             progress=progress,
+            **search,
         )
         made = make_report(small, inputs=batches, original=source.model, name=source.name)
         write(source, small, made, output)
@@ -185,13 +171,33 @@ def _calibration(screen: Screen, source: Source, data: str | None, samples: int)
     return batches
 
 
-def _names(methods: str | None) -> list[str] | None:
-    return None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+def _search(
+    size: str | None,
+    bits: float | None,
+    ratio: float | None,
+    methods: str | None,
+    preset: str,
+    distortion: str,
+    solver: str,
+    seed: int,
+    planned: bool = False,
+) -> dict[str, Any]:
+    """What to look for and how, as the library's `plan` and `shrink` take it.
 
-
-def _one_budget(size: str | None, bits: float | None, ratio: float | None, planned: bool = False) -> None:
-    """Before the model is loaded, which may take long."""
+    Raises BudgetError unless one budget is given (or none, for a plan already made): before the model is loaded, which
+    may take long.
+    """
     given = [name for name, value in (("--size", size), ("--bits", bits), ("--ratio", ratio)) if value is not None]
     if len(given) > 1 or not (given or planned):
         what = f"{' and '.join(given)} were given" if given else "none was given"
         raise BudgetError(f"give exactly one of --size, --bits and --ratio; {what}")
+    return {
+        "size": size,
+        "bits": bits,
+        "ratio": ratio,
+        "methods": None if methods is None else [name.strip() for name in methods.split(",") if name.strip()],
+        "preset": preset,
+        "distortion": distortion,
+        "solver": solver,
+        "seed": seed,
+    }

@@ -14,6 +14,9 @@ from torch import Tensor
 from .. import registry
 from ..formats import PackedWeight
 
+#: Rows of a matrix that are compared at once, which bounds the working memory.
+_CHUNK_ROWS = 4096
+
 
 @dataclass
 class LayerView:
@@ -22,7 +25,7 @@ class LayerView:
     name: the parameter's name in the model's state dict.
     weight: float32 [rows, cols]; a row makes one output (Linear, Conv, recurrent) or is one table entry (Embedding).
         Convolutions are [out, in/groups * kernel].
-    hessian: float64 [groups, cols, cols], the metric of a row's error. For a Linear it is X^T X / n, the second moment
+    hessian: float32 or float64 [groups, cols, cols], the metric of a row's error. For a Linear it is X^T X / n, the second moment
         of the inputs; for grouped convolutions one per group (rows are split evenly over the groups, in order); for an
         Embedding it is the second moment of the loss gradient at the layer's output (identity where unknown).
     row_weight: float64 [rows], how much a row's error counts: sensitivity of the loss to that output for a Linear,
@@ -54,15 +57,20 @@ class LayerView:
     @property
     def column_weight(self) -> Tensor:
         """float64 [cols]: the diagonal of the metric, averaged over groups. Never all zero."""
-        d = self.hessian.diagonal(dim1=-2, dim2=-1).mean(0)
+        d = self.hessian.diagonal(dim1=-2, dim2=-1).double().mean(0)
         return d if bool((d > 0).any()) else torch.ones_like(d)
 
     def distortion(self, decoded: Tensor) -> float:
         """sum_r row_weight[r] * e_r H e_r^T with e = decoded - weight; the same units for every kind of candidate."""
-        error = (decoded.to(torch.float32) - self.weight).view(self.groups, -1, self.cols)
-        h = self.hessian.to(torch.float32)
-        per_row = (torch.matmul(error, h) * error).sum(-1).reshape(-1).double()
-        return float((per_row * self.row_weight).sum().clamp_min(0))
+        metric, total = self.hessian.to(torch.float32), 0.0
+        group_rows = self.rows // self.groups
+        for group in range(self.groups):
+            rows = slice(group * group_rows, (group + 1) * group_rows)
+            parts = (t[rows].split(_CHUNK_ROWS) for t in (decoded, self.weight, self.row_weight))
+            for made, wanted, weight in zip(*parts):
+                error = made.to(torch.float32) - wanted
+                total += float((((error @ metric[group]) * error).sum(1).double() * weight).sum())
+        return max(total, 0.0)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from ..formats import Dense16, PackedWeight
 from ..registry import register
@@ -21,5 +21,5 @@ class Dense(Compressor):
         fits = float(layer.weight.abs().max()) <= _LARGEST_FLOAT16
         return [{"dtype": "float16" if fits else "bfloat16"}]
 
-    def compress(self, layer: LayerView, *, dtype: str = "float16") -> PackedWeight:
+    def compress(self, layer: LayerView, *, dtype: Literal["float16", "bfloat16"] = "float16") -> PackedWeight:
         return Dense16.encode(layer.weight, dtype=dtype)

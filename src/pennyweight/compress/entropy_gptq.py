@@ -31,11 +31,11 @@ from .error_feedback import Factor, by_group, feedback_uniform
 #: Steps in units of the weight's root mean square: from next to nothing (6) to half precision's own accuracy (0.006).
 STEPS = (6.0, 4.2, 3.0, 2.2, 1.6, 1.15, 0.8, 0.56, 0.4, 0.28, 0.2, 0.14, 0.1, 0.05, 0.015, 0.006)
 
-# : A row's (column's) grid is at most this many times coarser or finer than the layer's: the theory ends where codes
+#: A row's (column's) grid is at most this many times coarser or finer than the layer's: the theory ends where codes
 # are all zero.
 SPREAD = 8.0
 
-_CHUNK_VALUES = 1 << 22
+_CHUNK_VALUES = 1 << 19
 _FIT_ROUNDS = 9
 
 
@@ -112,7 +112,7 @@ class EntropyGPTQ(Compressor):
     ) -> Iterator[PackedWeight]:
         """One packed weight a step. Small layers go through the column loop with all their steps stacked as rows."""
         rows, cols = layer.weight.shape
-        unit = float(layer.weight.double().pow(2).mean().sqrt())
+        unit = float(torch.linalg.vector_norm(layer.weight, dtype=torch.float64)) / math.sqrt(max(1, rows * cols))
         column = torch.ones(cols)
         if columns and layer.groups == 1:
             column = multipliers(factors[0][1].conditional_variance.double().masked_fill(factors[0][1].dead, 0))

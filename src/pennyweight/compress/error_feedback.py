@@ -43,17 +43,21 @@ class Factor:
 
 def factorise(hessian: Tensor, damping: float = 0.01, order: bool = True) -> Factor:
     """Factor of one group's metric [cols, cols]; a singular one is damped ten times more until it can be factorised."""
-    h = hessian.double().clone()
-    dead = h.diagonal() <= 0
-    h[dead, dead] = 1.0
-    columns = torch.argsort(h.diagonal(), descending=True, stable=True) if order else torch.arange(len(h))
-    h = h[columns][:, columns]
-    mean = float(h.diagonal().mean())
+    diagonal = hessian.diagonal().double()
+    dead = diagonal <= 0
+    diagonal = torch.where(dead, 1.0, diagonal)
+    columns = torch.argsort(diagonal, descending=True, stable=True) if order else torch.arange(len(diagonal))
+    diagonal, mean = diagonal[columns], float(diagonal.mean())
     while True:
-        damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype)
+        damped = hessian[columns[:, None], columns].double()
+        damped.diagonal().copy_(diagonal + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # a wide layer's matrices are large
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if not int(failed) and bool(torch.isfinite(upper).all()):
                 return Factor(upper.float().contiguous(), columns, dead)
         damping *= 10.0

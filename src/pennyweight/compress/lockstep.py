@@ -2,19 +2,20 @@
 
 Sequential calibration needs, for each layer in turn, its inputs as produced by the layers already compressed.
 Running the whole model again for each layer costs the square of the depth. Here every batch's forward runs once, in a
-thread of its own that is parked whenever it is about to enter one of the layers asked for; when all batches are
+greenlet of its own that is parked whenever it is about to enter one of the layers asked for; when all batches are
 parked, the layer can be changed, and then they go on. Any `nn.Module` will do: nothing needs to be known of its
-blocks. Only one thread runs at a time. Memory: one batch's live activations a thread.
+blocks. (Threads would do the same, but the matrix library keeps buffers for each.) Memory: one batch's live
+activations a greenlet.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
 from .data import Call
@@ -25,8 +26,8 @@ class Halt:
     """All parked batches about to enter (or, for norms, having left) one module.
 
     module: its name. batches: indices of the batches parked here. inputs: the positional arguments of each.
-    outputs: what it returned, for modules halted on leaving (None otherwise); an entry may be replaced, the batch then
-    goes on with the replacement.
+    outputs: what it returned, for modules halted on leaving (None otherwise); the batches go on with what has been
+    written into them. Inputs and outputs are given up when the run goes on.
     """
 
     module: str
@@ -35,23 +36,17 @@ class Halt:
     outputs: list[Any] | None = None
 
 
-class _Stopped(Exception):
-    """Unwinds a parked forward when the run is given up."""
-
-
 @dataclass
 class _Batch:
+    """One batch's forward. where: the module it is parked at; left: on leaving, with `output`, not on entering."""
+
     index: int
-    call: Call
-    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    parked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    where: str | None = None
+    forward: greenlet
+    where: str = ""
     inputs: tuple[Any, ...] = ()
     output: Any = None
     left: bool = False
-    done: bool = False
     result: Any = None
-    error: BaseException | None = None
 
 
 def lockstep(
@@ -66,38 +61,29 @@ def lockstep(
     Runs without gradients, in the modes the model is in. What each batch's forward returned is put into `results`.
     An exception inside a forward is raised here. Batches that take different paths halt in separate groups.
     """
-    current = threading.local()
-    stopping = False
+    running: list[_Batch] = []
 
-    def park(name: str, inputs: tuple[Any, ...], output: Any = None, left: bool = False) -> Any:
-        batch: _Batch | None = getattr(current, "batch", None)
+    def park(name: str, inputs: tuple[Any, ...], output: Any = None, left: bool = False) -> None:
+        forward = getcurrent()
+        batch = next((b for b in running if b.forward is forward), None)
         if batch is None:  # a forward outside this run
-            return output
+            return
         batch.where, batch.inputs, batch.output, batch.left = name, inputs, output, left
-        batch.parked.release()
-        batch.go.acquire()
-        if stopping:
-            raise _Stopped
-        return batch.output
+        assert forward.parent is not None
+        forward.parent.switch()
 
-    def body(batch: _Batch) -> None:
-        current.batch = batch
-        batch.go.acquire()
-        try:
-            if not stopping:
-                with torch.no_grad():
-                    batch.result = batch.call(model)
-        except _Stopped:
-            pass
-        except BaseException as error:
-            batch.error = error
-        batch.where, batch.inputs, batch.output, batch.done = None, (), None, True
-        batch.parked.release()
+    def advance(group: Sequence[_Batch]) -> None:
+        for batch in group:
+            batch.forward.parent = getcurrent()
+            with torch.no_grad():
+                result = batch.forward.switch()
+            if batch.forward.dead and results is not None:
+                batch.result = result
 
     modules = dict(model.named_modules())
     handles = [
         modules[name].register_forward_pre_hook(
-            lambda _m, args, kwargs, name=name: (park(name, args or tuple(kwargs.values())), None)[1], with_kwargs=True
+            lambda _m, args, kwargs, name=name: park(name, args or tuple(kwargs.values())), with_kwargs=True
         )
         for name in before
     ]
@@ -105,44 +91,30 @@ def lockstep(
         modules[name].register_forward_hook(lambda _m, args, out, name=name: park(name, args, out, left=True))
         for name in after
     ]
-    running = [_Batch(i, call) for i, call in enumerate(batches)]
-    threads = [threading.Thread(target=body, args=(batch,), daemon=True) for batch in running]
-    for thread in threads:
-        thread.start()
-
-    def advance(group: Sequence[_Batch]) -> None:
-        for batch in group:
-            batch.go.release()
-            batch.parked.acquire()
-            if batch.error is not None:
-                raise batch.error
-
+    for index, call in enumerate(batches):
+        running.append(_Batch(index, greenlet(lambda call=call: call(model))))
     try:
         advance(running)
-        while waiting := [b for b in running if not b.done]:
-            at: dict[tuple[str | None, bool], list[_Batch]] = {}
+        while waiting := [b for b in running if not b.forward.dead]:
+            at: dict[tuple[str, bool], list[_Batch]] = {}
             for batch in waiting:
                 at.setdefault((batch.where, batch.left), []).append(batch)
             (name, left), group = max(at.items(), key=lambda item: len(item[1]))
             halt = Halt(
-                name or "",
+                name,
                 [b.index for b in group],
                 [b.inputs for b in group],
                 [b.output for b in group] if left else None,
             )
             yield halt
-            for i, batch in enumerate(group):
-                batch.output = halt.outputs[i] if halt.outputs is not None else None
-                batch.inputs = ()
-            del halt
+            for batch in group:
+                batch.inputs, batch.output = (), None
+            halt.inputs, halt.outputs = [], None  # whoever still holds the halt would keep them from being freed
             advance(group)
         if results is not None:
             results.extend(b.result for b in running)
     finally:
-        stopping = True
         for handle in handles:
             handle.remove()
-        for batch, thread in zip(running, threads):
-            if not batch.done:
-                batch.go.release()
-            thread.join()
+        for batch in running:
+            batch.forward.throw(GreenletExit)

@@ -13,8 +13,8 @@ the model's output by about sum_t g_t^T E x_t. With independent positions its sq
     layer   no gradient: s_t = 1, w_r = 1 / mean ||W x||^2, the relative error of the layer's own output
 
 "output" is divided by the variance of the output and "layer" by the layer's, so that numbers are relative errors.
-Positions that cannot matter (padding behind a mask) have no gradient and so no weight. Second moments are summed in
-float64.
+Positions that cannot matter (padding behind a mask) have no gradient and so no weight. Second moments are summed in float32,
+like the products that they are sums of.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ EMBEDDING_PRIOR = 1.0
 class Moments:
     """Running weighted second moment of a layer's input rows."""
 
-    hessian: Tensor  # float64 [groups, cols, cols], a sum
+    hessian: Tensor  # float32 [groups, cols, cols], a sum
     total: float = 0.0
 
     @classmethod
     def zeros(cls, groups: int, cols: int) -> Moments:
-        return cls(torch.zeros(groups, cols, cols, dtype=torch.float64))
+        return cls(torch.zeros(groups, cols, cols))
 
     def add(self, rows: Tensor, weight: Tensor | None) -> None:
         """rows [groups, n, cols], weight [n] or None (ones)."""
         weighted = rows if weight is None else rows * weight.to(rows)[None, :, None]
-        self.hessian += torch.matmul(weighted.transpose(1, 2), rows).double()
+        self.hessian.baddbmm_(weighted.transpose(1, 2), rows)
         self.total += float(rows.shape[1] if weight is None else weight.sum())
 
     def mean(self) -> Tensor:
@@ -67,13 +67,12 @@ class Observation:
     """All that one pass over the data tells.
 
     views: by site name. reached: sites whose layer ran. position_weight: (module, batch, call of the module in that
-    batch) -> s_t, for the sequential pass. outputs: the model's own outputs, a tensor a batch.
+    batch) -> s_t, for the sequential pass.
     """
 
     views: dict[str, LayerView]
     reached: set[str]
     position_weight: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    outputs: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -158,7 +157,6 @@ def observe(
                 samples += flat.shape[0]
                 energy += float(flat.double().pow(2).sum())
                 mean_output = mean_output + flat.double().sum(0) if flat.shape[0] and _same(mean_output, flat) else 0.0
-                observation.outputs.append(result.detach())
                 progress(index + 1, len(batches))
         finally:
             for handle in handles:
@@ -179,8 +177,8 @@ def weight_only_view(site: WeightSite) -> LayerView:
     """The view without data: every input counts the same, each layer's relative error counts the same."""
     weight = site.view.to_matrix(site.parameter)
     cols = weight.shape[1]
-    hessian = torch.eye(cols, dtype=torch.float64).expand(site.groups, cols, cols).clone()
-    size = float(weight.double().pow(2).sum())
+    hessian = torch.eye(cols).expand(site.groups, cols, cols).clone()
+    size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
     row_weight = torch.full((weight.shape[0],), 1.0 / max(size, 1e-30), dtype=torch.float64)
     return LayerView(site.name, weight, hessian, row_weight, site.kind)
 
@@ -334,7 +332,7 @@ def _finish(state: _Running, samples: int, scale: float, distortion: str) -> Lay
     hessian = state.moments.mean()
     cols = weight.shape[1]
     if state.moments.total == 0:
-        hessian = torch.eye(cols, dtype=torch.float64).expand(hessian.shape).clone()
+        hessian = torch.eye(cols).expand(hessian.shape).clone()
     if state.counts is not None:
         return _embedding_view(state, weight, hessian, samples, scale, distortion)
     row_weight = state.row_energy / (samples * scale)
@@ -342,8 +340,8 @@ def _finish(state: _Running, samples: int, scale: float, distortion: str) -> Lay
         trace = float(hessian.diagonal(dim1=-2, dim2=-1).sum(-1).mean())
         row_weight = row_weight / max(trace, 1e-30)
     if distortion == "layer":
-        per_group = weight.double().view(hessian.shape[0], -1, cols)
-        size = float((torch.matmul(per_group, hessian) * per_group).sum())
+        per_group = weight.view(hessian.shape[0], -1, cols)
+        size = float((torch.matmul(per_group, hessian) * per_group).sum(dtype=torch.float64))
         row_weight = torch.full_like(row_weight, 1.0 / max(size, 1e-30))
     return LayerView(site.name, weight, hessian, row_weight, site.kind)
 
@@ -355,8 +353,8 @@ def _embedding_view(
     used = float(state.counts.sum())
     frequency = (state.counts + EMBEDDING_PRIOR) / (used + EMBEDDING_PRIOR * len(state.counts))
     if distortion == "layer":
-        hessian = torch.eye(weight.shape[1], dtype=torch.float64)[None]
-        size = float((frequency[:, None] * weight.double().pow(2)).sum())
+        hessian = torch.eye(weight.shape[1])[None]
+        size = float(frequency @ torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square())
         row_weight = frequency / max(size, 1e-30)
     else:
         row_weight = frequency * used / (samples * scale)  # expected uses of the row in a sample

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..formats import PackedWeight, Split
 from ..layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
+from ..layers.packed import free_decoded, install
 from ..layers.sites import WeightSite
 from .capture import input_rows, is_observable
 from .contract import Compressor, LayerView, compressor
@@ -41,11 +42,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass
 class Realised:
-    """packed: by site name. choices: as carried out, with real bytes and distortions. views: those asked for."""
+    """packed: by site name. installed: bytes of those that are in the model already. choices: as carried out, with real
+    bytes and distortions. views: those asked for."""
 
-    packed: dict[str, PackedWeight]
-    choices: dict[str, Choice]
-    views: dict[str, LayerView]
+    packed: dict[str, PackedWeight] = dataclasses.field(default_factory=dict)
+    installed: dict[str, int] = dataclasses.field(default_factory=dict)
+    choices: dict[str, Choice] = dataclasses.field(default_factory=dict)
+    views: dict[str, LayerView] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes on disk by site name."""
+        return self.installed | {name: packed.nbytes for name, packed in self.packed.items()}
 
 
 @torch.no_grad()
@@ -58,16 +66,20 @@ def realise(
     observation: Observation,
     *,
     sequential: bool = True,
+    in_place: bool = False,
     keep: Sequence[str] = (),
     progress: Progress = lambda what, done, total: None,
 ) -> Realised:
-    """Compress `model` in place (its parameters get the decoded weights) and return the packed weights.
+    """Compress `model` and return the packed weights; its parameters get the decoded ones.
 
     model, reference: the same network twice. sequential=False, no batches, and layers the data never reaches: the
     layer is packed on what `observation` knows, its bias is left alone. keep: names of sites whose final views are
-    wanted.
+    wanted. in_place: most layers turn into their packed twins as they are done, so that no more than one decoded weight
+    is held; not for a model that is to be trained.
+    The weights at the sites may be shared with the reference, as each is replaced and never written to; `observation`
+    loses its views as layers are done.
     """
-    done = Realised({}, {}, {})
+    done = Realised()
     by_module: dict[str, list[WeightSite]] = {}
     for site in sites:
         by_module.setdefault(site.module_name, []).append(site)
@@ -76,17 +88,34 @@ def realise(
         choice = plan.choices[site.name]
         packed, made = pack(view, choice)
         decoded = packed.decode()
-        site.parameter.copy_(site.to_parameter(decoded))
+        observation.views.pop(site.name)
         done.packed[site.name] = packed
         done.choices[site.name] = dataclasses.replace(made, distortion=view.distortion(decoded))
         if site.name in keep:
             done.views[site.name] = view
-        progress("compress", len(done.packed), len(sites))
+        site.parameter.data = site.to_parameter(decoded)
+        if site.kind == "embedding":
+            retire([site])  # looks up rows, and needs no decoded table at all
+        progress("compress", len(done.choices), len(sites))
         return decoded
 
+    def retire(finished: Sequence[WeightSite]) -> None:
+        for site in finished:
+            if not in_place or site.aliases:
+                continue
+            if site.name in done.packed:
+                packed = done.packed.pop(site.name)
+                done.installed[site.name] = packed.nbytes
+                install(site.module, {site.attribute: packed}, memory="low")
+                site.parameter.data = site.parameter.new_empty(0)
+            else:
+                free_decoded(site.module)
+
     if sequential and batches:
+        _forget_metrics(sites, observation)
         norms = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and m.elementwise_affine]
         visited: set[str] = set()
+        latest: Sequence[WeightSite] = ()
         with evaluating(model), evaluating(reference):
             ours = lockstep(model, batches, list(by_module), norms)
             theirs = lockstep(reference, batches, list(by_module), norms)
@@ -94,14 +123,16 @@ def realise(
                 if here.module in visited or here.module != there.module or here.batches != there.batches:
                     continue
                 visited.add(here.module)
+                retire(latest)
+                latest = by_module.get(here.module, ())
                 if here.outputs is not None:
                     _mend_norm(model.get_submodule(here.module), here, there, observation)
                     continue
-                for site in by_module[here.module]:
+                for site in latest:
                     _compress_at(site, here, there, observation, finish)
     for site in sites:
-        if site.name not in done.packed:
-            finish(site, observation.views[site.name])
+        if site.name not in done.choices:
+            finish(site, _with_metric(observation.views[site.name]))
     return done
 
 
@@ -172,7 +203,7 @@ def divide(view: LayerView, choice: Choice, nbytes: int) -> tuple[PackedWeight, 
 def _divided(view: LayerView, choice: Choice, second_rows: int) -> PackedWeight:
     """The `second_rows` rows that count most by the split's method, the others by the first."""
     assert choice.split is not None
-    loss = view.row_weight * view.weight.double().pow(2).sum(1)
+    loss = view.row_weight * torch.linalg.vector_norm(view.weight, dim=1, dtype=torch.float64).square()
     take = torch.zeros(view.rows, dtype=torch.bool)
     take[torch.argsort(loss, descending=True, stable=True)[:second_rows]] = True
     plans = ((choice.method, choice.options, ~take), (choice.split.method, choice.split.options, take))
@@ -190,6 +221,26 @@ def is_adjustable(method: str) -> bool:
     return type(compressor(method)).fit is not Compressor.fit
 
 
+def _is_measured_anew(site: WeightSite, observation: Observation) -> bool:
+    return site.kind != "embedding" and is_observable(site) and site.name in observation.reached
+
+
+def _forget_metrics(sites: Sequence[WeightSite], observation: Observation) -> None:
+    """Free the metrics that are measured anew when their layer's turn comes."""
+    for site in sites:
+        if _is_measured_anew(site, observation):
+            view = observation.views[site.name]
+            observation.views[site.name] = dataclasses.replace(view, hessian=torch.empty(view.groups, 0, 0))
+
+
+def _with_metric(view: LayerView) -> LayerView:
+    """The view as it is, or with the identity in place of a metric that was to be measured anew, but could not be: the
+    layer's turn did not come, or its positions all weigh nothing."""
+    if view.hessian.shape[-1] == view.cols:
+        return view
+    return dataclasses.replace(view, hessian=torch.eye(view.cols).repeat(view.groups, 1, 1))
+
+
 def _compress_at(
     site: WeightSite,
     here: Halt,
@@ -200,27 +251,29 @@ def _compress_at(
     """Pack one site of the module all batches are about to enter."""
     view = observation.views[site.name]
     moments = None
-    if site.kind != "embedding" and is_observable(site) and site.name in observation.reached:
+    if _is_measured_anew(site, observation):
         moments = _moments(site, here, there, observation)
     if moments is None:
-        finish(site, view)
+        finish(site, _with_metric(view))
         return
-    weight = view.weight.double().view(site.groups, -1, view.cols)
-    target = moments.target(weight)
-    decoded = finish(
-        site, dataclasses.replace(view, weight=target.float().reshape(view.weight.shape), hessian=moments.ours)
-    )
+    weight = view.weight.view(site.groups, -1, view.cols)
+    target = moments.target(weight.double()).float().reshape(view.weight.shape)
+    view = dataclasses.replace(view, weight=target, hessian=moments.ours)
+    our_mean, their_mean = moments.our_mean, moments.their_mean
+    del moments, target  # large, and of no more use
+    decoded = finish(site, view)
     bias = getattr(site.module, "bias", None)
     if isinstance(bias, nn.Parameter) and site.attribute == "weight" and bias.numel() == view.rows:
-        shift = torch.einsum("gri,gi->gr", weight, moments.their_mean) - torch.einsum(
-            "gri,gi->gr", decoded.double().view_as(weight), moments.our_mean
+        shift = torch.einsum("gri,gi->gr", weight.double(), their_mean) - torch.einsum(
+            "gri,gi->gr", decoded.double().view_as(weight), our_mean
         )
         bias += shift.reshape(-1).to(bias)
 
 
 @dataclasses.dataclass
 class _Pair:
-    """Weighted moments of the compressed model's inputs (ours) and the reference's (theirs): float64 [groups, ...].
+    """Weighted moments of the compressed model's inputs (ours) and the reference's (theirs): [groups, ...], the second
+    ones float32, the means float64.
 
     positions: how many there are, as counted by their weights.
     """
@@ -233,23 +286,28 @@ class _Pair:
     positions: float
 
     def target(self, weight: Tensor) -> Tensor:
-        """V [groups, rows, cols] of the module docstring; W itself where the moments are too poor to solve for it."""
+        """V [groups, rows, cols] of the module docstring; W itself where the moments are too poor to solve for it.
+
+        Gives up `theirs` and `cross`: the moments of a wide layer are large.
+        """
         cols = weight.shape[-1]
-        ridge = RIDGE * (1 + 4 * cols / self.positions) * self.theirs  # the fewer positions, the less they are trusted
-        eye = (
-            torch.eye(cols, dtype=torch.float64) * (1e-4 * self.ours.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None]
-        )
-        left = self.ours + ridge + eye
+        trust = RIDGE * (1 + 4 * cols / self.positions)  # the fewer positions, the less they are trusted
+        floor = (1e-4 * self.ours.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None]
+        right = weight @ self.cross.add_(self.theirs, alpha=trust).double() + floor * weight
+        del self.cross
+        left = self.theirs.mul_(trust).add_(self.ours).double()
+        del self.theirs
+        left.diagonal(dim1=-2, dim2=-1).add_(floor[:, 0])
         factor, failed = torch.linalg.cholesky_ex(left)
+        del left
         if int(failed.max()):
             return weight
-        right = torch.matmul(weight, self.cross + ridge + eye)
         return torch.cholesky_solve(right.transpose(1, 2), factor).transpose(1, 2)
 
 
 def _moments(site: WeightSite, here: Halt, there: Halt, observation: Observation) -> _Pair | None:
     cols, groups = site.view.matrix_shape[1], site.groups
-    square = [torch.zeros(groups, cols, cols, dtype=torch.float64) for _ in range(3)]
+    square = [torch.zeros(groups, cols, cols) for _ in range(3)]
     sums = [torch.zeros(groups, cols, dtype=torch.float64) for _ in range(2)]
     total = squares = 0.0
     for batch, ours, theirs in zip(here.batches, here.inputs, there.inputs):
@@ -259,31 +317,22 @@ def _moments(site: WeightSite, here: Halt, there: Halt, observation: Observation
             n = x.shape[1]
             s = torch.ones(n) if weight is None else weight[at : at + n].float()
             at += n
-            weighted = x * s[None, :, None]
-            square[0] += torch.matmul(weighted.transpose(1, 2), x).double()
-            square[1] += torch.matmul((y * s[None, :, None]).transpose(1, 2), y).double()
-            square[2] += torch.matmul((y * s[None, :, None]).transpose(1, 2), x).double()
-            sums[0] += weighted.sum(1).double()
-            sums[1] += (y * s[None, :, None]).sum(1).double()
+            weighted_x, weighted_y = x * s[None, :, None], y * s[None, :, None]
+            square[0].baddbmm_(weighted_x.transpose(1, 2), x)
+            square[1].baddbmm_(weighted_y.transpose(1, 2), y)
+            square[2].baddbmm_(weighted_y.transpose(1, 2), x)
+            sums[0] += weighted_x.sum(1)
+            sums[1] += weighted_y.sum(1)
             total += float(s.sum())
             squares += float(s.pow(2).sum())
     if total <= 0:
         return None
     mine, their = sums[0] / total, sums[1] / total
     if not isinstance(getattr(site.module, "bias", None), nn.Parameter) or site.attribute != "weight":
-        mine, their = (
-            torch.zeros_like(mine),
-            torch.zeros_like(their),
-        )  # no bias to take up the means: nothing is centred
-    outer = lambda a, b: a[:, :, None] * b[:, None, :]  # noqa: E731
-    return _Pair(
-        square[0] / total - outer(mine, mine),
-        square[1] / total - outer(their, their),
-        square[2] / total - outer(their, mine),
-        mine,
-        their,
-        total**2 / squares,
-    )
+        mine, their = torch.zeros_like(mine), torch.zeros_like(their)  # no bias can take up the means
+    for moment, left, right in zip(square, (mine, their, their), (mine, their, mine)):
+        moment.div_(total).baddbmm_(left[:, :, None].float(), right[:, None, :].float(), alpha=-1.0)
+    return _Pair(*square, mine, their, total**2 / squares)
 
 
 def _mend_norm(norm: nn.Module, here: Halt, there: Halt, observation: Observation) -> None:
@@ -310,7 +359,8 @@ def _mend_norm(norm: nn.Module, here: Halt, there: Halt, observation: Observatio
     slope = slope.view_as(norm.weight)
     norm.weight.mul_(slope.to(norm.weight))
     if norm.bias is not None:
-        norm.bias.copy_((norm.bias.double() * slope + shift).to(norm.bias))
-        here.outputs = [(t.double() * slope + shift).to(t) for t in here.outputs]
+        norm.bias.copy_(norm.bias.double() * slope + shift)
     else:
-        here.outputs = [(t.double() * slope).to(t) for t in here.outputs]
+        shift = 0.0
+    for output in here.outputs:
+        output.copy_(output.double() * slope + shift)

@@ -21,14 +21,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import registry
 from ..bundle import halve, predict_bytes, round_to_stored
 from ..errors import BudgetError, DataError, UnknownNameError, WeightError, warn
-from ..layers.packed import install, packed_blobs
+from ..layers.packed import install, packed_blobs, set_memory
 from ..layers.sites import WeightSite, weight_sites
 from .allocate import allocate
 from .budget import Budget
 from .contract import Candidate, compressor, sample_rows
 from .data import Call, Output, calls, output_tensor
 from .entropy_gptq import STEPS
-from .norms import correct_bias, fold_batch_norm
+from .folding import fold_batch_norm
+from .norms import correct_bias
 from .observe import Loss, Observation, observe, weight_only_view
 from .plan import Choice, LayerInfo, Plan
 from .realise import Realised, is_adjustable, pack, quantise_inputs, realise
@@ -112,9 +113,9 @@ def plan(
     """
     job = _prepare(model, data)
     observation = _observe(job, distortion, loss, output, seed, progress)
-    offers = _offers(job, observation, _methods(methods, preset, job), progress)
-    budget = _budget(job, size, bits, ratio)
-    return _allocate(job, observation, offers, budget, solver, seed)
+    return _allocate(
+        job, observation, _methods(methods, preset, job), _budget(job, size, bits, ratio), solver, seed, progress
+    )
 
 
 def shrink(
@@ -149,11 +150,12 @@ def shrink(
     job = _prepare(model, data)
     observation = _observe(job, distortion, loss, output, seed, progress)
     if plan is None:
-        offers = _offers(job, observation, _methods(methods, preset, job), progress)
-        plan = _allocate(job, observation, offers, _budget(job, size, bits, ratio), solver, seed)
+        plan = _allocate(
+            job, observation, _methods(methods, preset, job), _budget(job, size, bits, ratio), solver, seed, progress
+        )
     else:
         plan = _adopt(plan, job, size, bits, ratio)
-    small = copy.deepcopy(job.reference).eval()
+    small = _twin(job)
     sites = weight_sites(small)
     largest = _knob(plan, sites)
     done = realise(
@@ -164,6 +166,7 @@ def shrink(
         plan,
         observation,
         sequential=sequential and distortion != "layer",
+        in_place=not recover and activations is None,
         keep=[largest],
         progress=progress,
     )
@@ -178,6 +181,8 @@ def shrink(
     size_now = _settle(small, originals, sites, plan, done, largest, trained=False)
     recovered = None
     if recover:
+        settled = next(site for site in sites if site.name == largest)
+        settled.parameter.data = settled.to_parameter(done.packed[largest].decode())
         recovered = distil(
             small,
             job.reference,
@@ -193,6 +198,7 @@ def shrink(
         )
         size_now = _settle(small, originals, sites, plan, done, largest, trained=recovered[1] < recovered[0])
     small = install(small, done.packed)
+    set_memory(small, "fast")
     round_to_stored(small)
     final = dataclasses.replace(plan, choices={site.name: done.choices[site.name] for site in sites})
     small._pennyweight = Record(final, size_now, recovered=recovered)  # type: ignore[assignment]
@@ -220,6 +226,12 @@ def _prepare(model: nn.Module, data: Any) -> _Job:
             f"{type(model).__name__} has no weight that can be packed (Linear, Embedding, convolution, recurrent)"
         )
     return _Job(reference, sites, batches, parameters, original)
+
+
+def _twin(job: _Job) -> nn.Module:
+    """A copy of the reference that borrows the weights at its sites, until `realise` puts others in their place."""
+    borrowed = {id(s.parameter): nn.Parameter(s.parameter.detach(), s.parameter.requires_grad) for s in job.sites}
+    return copy.deepcopy(job.reference, borrowed).eval()
 
 
 def _observe(
@@ -282,11 +294,13 @@ def _budget(job: _Job, size: int | str | None, bits: float | None, ratio: float 
 def _allocate(
     job: _Job,
     observation: Observation,
-    offers: Mapping[str, list[Candidate]],
+    methods: Sequence[str],
     budget: int,
     solver: str,
     seed: int,
+    progress: Progress,
 ) -> Plan:
+    offers = _offers(job, observation, methods, progress)
     rows = {site.name: site.view.matrix_shape[0] for site in job.sites}
     smallest = job.overhead({name: min(c.nbytes for c in found) for name, found in offers.items()})
     plan = allocate(offers, budget, smallest, solver, rows=rows)  # a BudgetError names what is truly the least
@@ -354,7 +368,7 @@ def _settle(
     site = next(s for s in sites if s.name == knob)
 
     def total() -> int:
-        return predict_bytes(small, {name: packed.nbytes for name, packed in done.packed.items()})
+        return predict_bytes(small, done.nbytes)
 
     budget = plan.budget
     if budget is None:
@@ -363,8 +377,8 @@ def _settle(
         slack = budget - total()
         if 0 <= slack <= max(0.001 * budget, 8) or (trained and slack >= 0):
             break
-        choice, packed = done.choices[site.name], done.packed[site.name]
-        target = packed.nbytes + slack - (8 if slack < 0 else 0)
+        choice, nbytes = done.choices[site.name], done.nbytes[site.name]
+        target = nbytes + slack - (8 if slack < 0 else 0)
         if target < 16:
             break
         if not is_adjustable(choice.method) and choice.split is None:
@@ -372,13 +386,10 @@ def _settle(
                 break
             choice = Choice(_FILLER, {"step": STEPS[0]})
         new, made = pack(done.views[site.name], dataclasses.replace(choice, nbytes=target))
-        if slack > 0 and not packed.nbytes < new.nbytes <= target:
+        if slack > 0 and not nbytes < new.nbytes <= target:
             break
-        decoded = new.decode()
-        with torch.no_grad():
-            site.parameter.copy_(site.to_parameter(decoded))
         done.packed[site.name] = new
-        done.choices[site.name] = dataclasses.replace(made, distortion=done.views[site.name].distortion(decoded))
+        done.choices[site.name] = dataclasses.replace(made, distortion=done.views[site.name].distortion(new.decode()))
     if total() > budget:  # mended biases and norms may compress a little worse than the original ones
         packed_already = {id(s.parameter) for s in sites}
         with torch.no_grad():

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .base import Reader, Writer
-from .bits import pack, unpack
+from .bits import pack, packed_size, unpack
 from .entropy import read_symbols, write_symbols
+
+#: Rows packed or unpacked at once, which bounds the working memory.
+_CHUNK_ROWS = 1024
 
 
 @dataclass
@@ -25,9 +29,14 @@ class CodeMatrix:
     bits: int
 
     @classmethod
-    def of(cls, codes: Tensor, bits: int) -> Self:
-        """From integer codes [rows, cols] in 0 .. 2^bits-1."""
-        return cls(pack(codes, bits), codes.shape[1], bits)
+    def of(cls, codes: Tensor, bits: int, lowest: int = 0) -> Self:
+        """From integer codes [rows, cols] in lowest .. lowest + 2^bits-1; kept as code - lowest."""
+        rows, cols = codes.shape
+        packed = torch.empty(rows, packed_size(cols, bits), dtype=torch.uint8, device=codes.device)
+        for first in range(0, rows, _CHUNK_ROWS):
+            part = codes[first : first + _CHUNK_ROWS]
+            packed[first : first + _CHUNK_ROWS] = pack(part.to(torch.int32) - lowest if lowest else part, bits)
+        return cls(packed, cols, bits)
 
     @property
     def rows(self) -> int:
@@ -45,7 +54,11 @@ class CodeMatrix:
         return type(self)(self.packed.to(device), self.cols, self.bits)
 
     def write(self, writer: Writer) -> None:
-        write_symbols(writer, self.all().cpu().numpy(), self.bits)
+        codes = np.empty((self.rows, self.cols), np.uint8 if self.bits <= 8 else np.uint16)
+        for first in range(0, self.rows, _CHUNK_ROWS):
+            part = slice(first, first + _CHUNK_ROWS)
+            codes[part] = unpack(self.packed[part], self.bits, self.cols).cpu().numpy()
+        write_symbols(writer, codes, self.bits)
 
     @classmethod
     def read(cls, reader: Reader, rows: int, cols: int, bits: int) -> Self:

@@ -22,6 +22,7 @@ from .codes import CodeMatrix
 from .groups import check_group, combine, group_count, grouped
 from .scales import Float16Values, Log8Values, ScaleCoding, Values, read_halves, round_values, store, write_halves
 
+_CHUNK_ROWS = 4096  # rows decoded at once, which bounds the working memory
 ASYMMETRIC, OFFSET, LOG8, CENTROIDS, COLUMN_SCALE = 1, 2, 4, 8, 16  # option bits
 
 
@@ -93,19 +94,20 @@ class Integer(PackedWeight):
             raise WeightError(f"int needs codes [rows, cols], got shape {tuple(codes.shape)}")
         rows, cols = codes.shape
         check_size(scale, (rows, group_count(cols, group)), "the scale of an int weight")
+        lowest = 0
         if minimum is None:
-            codes = codes.to(torch.int32) + (1 << bits - 1)
+            lowest = -(1 << bits - 1)
         else:
             check_size(minimum, tuple(scale.shape), "the minimum of an int weight")
             if centroids is not None:
                 raise WeightError("int takes either a minimum or centroids, not both")
-        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
+        if codes.numel() and (int(codes.min()) < lowest or int(codes.max()) >= lowest + (1 << bits)):
             raise WeightError(f"int got codes that {bits} bits cannot hold; clamp them first")
         if column_offset is not None:
             check_size(column_offset, (cols,), "the column offset of an int weight")
         if column_scale is not None:
             check_size(column_scale, (cols,), "the column scale of an int weight")
-        packed = CodeMatrix.of(codes, bits)
+        packed = CodeMatrix.of(codes, bits, lowest)
         return cls(
             packed,
             group,
@@ -135,7 +137,11 @@ class Integer(PackedWeight):
         return cls.from_codes(codes, scale, minimum, bits=bits, group=group)
 
     def decode(self) -> Tensor:
-        return self._values(self.codes.all(), self.scale.all(), None if self.minimum is None else self.minimum.all())
+        values = torch.empty(self.shape, dtype=torch.float32, device=self.codes.packed.device)
+        index = torch.arange(self.shape[0], device=values.device)
+        for first in range(0, self.shape[0], _CHUNK_ROWS):
+            values[first : first + _CHUNK_ROWS] = self.rows(index[first : first + _CHUNK_ROWS])
+        return values
 
     def rows(self, index: Tensor) -> Tensor:
         minimum = None if self.minimum is None else self.minimum.take(index)

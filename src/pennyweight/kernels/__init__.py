@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import warn
 
 try:
-    from . import _cpu
+    from . import _cpu  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without stubs)
 except ImportError:  # a source tree that was not built
     _cpu = None
 

@@ -47,7 +47,7 @@ class _RoundThrough(torch.autograd.Function):
 
 def round_through(x: Tensor) -> Tensor:
     """Round half to even, with the gradient of the identity."""
-    return _RoundThrough.apply(x)  # pyright: ignore[reportReturnType]
+    return _RoundThrough.apply(x)
 
 
 def affine_grid(r: Tensor, z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def affine_quantize(x: Tensor, r: Tensor, z: Tensor, bits: int) -> Tensor:
     x: any shape. r, z: broadcast against x (scalars: per tensor; [rows, 1]: per row of a weight matrix). bits: 1..16.
     """
     step, zero = affine_grid(r, z, bits)
-    return _OnGrid.apply(x, step, zero, bits)  # pyright: ignore[reportReturnType]
+    return _OnGrid.apply(x, step, zero, bits)
 
 
 def interval(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,8 +206,8 @@ class ActivationQuantizer(nn.Module):
         self.zero.copy_(torch.maximum(self.zero, -self.range).clamp(max=0))
 
 
-def _quantize_first_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.input_quantizer(inputs[0]), *inputs[1:])  # pyright: ignore[reportCallIssue]
+def _quantize_first_input(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.input_quantizer(inputs[0]), *inputs[1:])
 
 
 def attach_input_quantizer(module: nn.Module, quantizer: ActivationQuantizer) -> None:

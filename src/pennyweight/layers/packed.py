@@ -75,10 +75,10 @@ class PackedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._packed_memory == "fast":
-            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().forward(*args, **kwargs)
         self._packed_running = True
         try:
-            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().forward(*args, **kwargs)
         finally:
             self._packed_running = False
             self._forget_decoded()
@@ -124,7 +124,7 @@ class PackedModule(nn.Module):
             incoming = state_dict.get(prefix + attribute)
             if isinstance(incoming, Tensor) and incoming.dtype == torch.uint8 and incoming.ndim == 1:
                 self._blob(attribute).data = torch.empty(incoming.numel(), dtype=torch.uint8)  # blobs vary in size
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._forget_decoded()
         self._packed_parsed.clear()
 
@@ -261,6 +261,22 @@ def install_blobs(
             twin = _make_packed(module, attribute, place.view, memory)
             twin._set_packed(attribute, weight, blobs[id(weight)], place.view, place.like)
     return model
+
+
+def set_memory(model: nn.Module, memory: Memory) -> None:
+    """Change what packed layers keep in memory; see the module docstring."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module._packed_memory = memory
+            module._forget_decoded()
+
+
+def free_decoded(model: nn.Module) -> None:
+    """Have packed layers hold no more than their blobs, until they run again."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module._forget_decoded()
+            module._packed_parsed.clear()
 
 
 def packed_blobs(model: nn.Module) -> dict[tuple[str, ...], bytes]:

@@ -25,9 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...compress.adaquant import AffineWeight, Calibrated, adaquant
+from ...compress.adaquant import AffineWeight
+from ...compress.adaquant_model import Calibrated, Mode, adaquant
+from ...compress.distillation import divergence
+from ...compress.folding import fold_batch_norm
 from ...compress.integer_program import solve_integer
-from ...compress.norms import correct_bias, divergence, fold_batch_norm, para_normalise
+from ...compress.norms import correct_bias, para_normalise
 from ...errors import DataError, require
 from ...layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
 from ..results import Table, write_results
@@ -36,6 +39,7 @@ REPOSITORY = Path(__file__).parents[4]
 COMMAND = "python -m pennyweight.bench.experiments.adaquant"
 CALIBRATION = 256
 BITS = (4, 3, 2)
+MODES: tuple[Mode, ...] = ("parallel", "sequential")
 CHOICES = (2, 3, 4, 8)
 
 
@@ -121,9 +125,9 @@ def on_digits(seeds: Sequence[int]) -> tuple[dict[int, dict[str, list[float]]], 
         for bits in BITS:
             plain = minimum_maximum(copy.deepcopy(model), rows, bits, bits)
             made: dict[str, Calibrated] = {}
-            for mode in ("parallel", "sequential"):
+            for mode in MODES:
                 twin = copy.deepcopy(model)
-                made[mode] = adaquant(twin, [rows], bits, bits, mode, input_bits=bits, iterations=200, seed=seed)  # pyright: ignore[reportArgumentType]
+                made[mode] = adaquant(twin, [rows], bits, bits, mode, input_bits=bits, iterations=200, seed=seed)
                 found[bits][mode].append(accuracy(twin, images[test], labels[test]))
             found[bits]["min-max"].append(accuracy(plain, images[test], labels[test]))
             errors = layer_errors(model, plain, rows), layer_errors(model, made["parallel"].model, rows)
