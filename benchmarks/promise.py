@@ -5,9 +5,9 @@
 
 Budgets are spread log-uniformly from the smallest reachable size to that of plain fp16, on all-MiniLM-L6-v2, the
 CIFAR-10 ResNet-20 and a small LSTM. Each one is really spent: the model is shrunk and saved, and the bytes of
-model.safetensors and config.json are those on the disk. "Lossless" means that all weights together are no further from
-the original's, by the planner's own measure, than rounding to fp16 takes them. What each layer could become is worked
-out once a model; each budget has a plan of its own, carried out by `pw.shrink(plan=...)`. Layers are calibrated on the
+model.safetensors and config.json are those on the disk. "Lossless" means that every weight is kept in fp16, whose file
+may be smaller than two bytes a weight because its bytes are entropy-coded. What each layer could become is worked out
+once a model; each budget has a plan of its own, carried out by `pw.shrink(plan=...)`. Layers are calibrated on the
 original's inputs unless --sequential is given, which takes longer. The exit code is 1 if the promise was broken once.
 """
 
@@ -71,23 +71,19 @@ def spread(smallest: int, largest: int, count: int) -> list[int]:
     return [min(math.ceil(smallest * math.exp(i * step)), largest) for i in range(count)]
 
 
-def plans(model: nn.Module, batches: list[Any], count: int) -> tuple[list[pw.Plan], float]:
-    """A plan for each of the budgets, and the distortion of plain fp16."""
+def plans(model: nn.Module, batches: list[Any], count: int) -> list[pw.Plan]:
+    """A plan for each of the budgets."""
     with progress_bars() as progress:
         job = machinery._prepare(model, batches)
         observation = machinery._observe(job, "output", None, machinery.output_tensor, 0, progress)
         offers = machinery._offers(job, observation, machinery._methods(None, "balanced", job), progress)
     least = {name: min(offer.nbytes for offer in found) for name, found in offers.items()}
     budgets = spread(job.overhead(least) + sum(least.values()), half_precision_bytes(job.reference), count)
-    lossless = sum(view.distortion(view.weight.half().float()) for view in observation.views.values())
-    return [machinery._allocate(job, observation, offers, budget, "hull", 0) for budget in budgets], lossless
+    return [machinery._allocate(job, observation, offers, budget, "hull", 0) for budget in budgets]
 
 
-def measure(model: nn.Module, plan: pw.Plan, batches: list[Any], lossless: float, sequential: bool) -> Row:
-    """Carry out a plan, save, and look at the files. A refusal breaks the promise, too: the budget is reachable.
-
-    lossless: distortion up to which nothing counts as lost.
-    """
+def measure(model: nn.Module, plan: pw.Plan, batches: list[Any], sequential: bool) -> Row:
+    """Carry out a plan, save, and look at the files. A refusal breaks the promise, too: the budget is reachable."""
     assert plan.budget is not None
     row: Row = {"budget": plan.budget, "bytes": None, "lossless": False, "kept": False, "note": ""}
     watch = common.Stopwatch()
@@ -98,7 +94,8 @@ def measure(model: nn.Module, plan: pw.Plan, batches: list[Any], lossless: float
     with tempfile.TemporaryDirectory() as folder:
         row["bytes"] = common.save_and_measure(small, folder)
     found: Any = small._pennyweight
-    row["lossless"] = found.plan.distortion <= lossless
+    choices = found.plan.choices.values()
+    row["lossless"] = all(choice.method == "dense" and choice.split is None for choice in choices)
     row["kept"] = row["bytes"] <= plan.budget and (row["bytes"] >= LEAST_USE * plan.budget or row["lossless"])
     return row | watch.read()
 
@@ -110,10 +107,9 @@ def rows_of(subject: Subject, args: argparse.Namespace, kept: common.Kept) -> li
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PennyweightWarning)  # they are about quality; this is about bytes
-        wanted, lossless = plans(model, batches, args.budgets)
-        for plan in wanted:
+        for plan in plans(model, batches, args.budgets):
             key = f"{subject.name}, {args.samples} samples, {order}, {plan.budget:,} bytes"
-            found.append(kept.row(key, lambda plan=plan: measure(model, plan, batches, lossless, args.sequential)))
+            found.append(kept.row(key, lambda plan=plan: measure(model, plan, batches, args.sequential)))
     return found
 
 

@@ -16,6 +16,7 @@ geometric mean one. One `step` for all layers of equal d would be the optimum of
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,6 +38,7 @@ SPREAD = 8.0
 
 _CHUNK_VALUES = 1 << 19
 _FIT_ROUNDS = 9
+_COARSEST = math.log(1e4)  # of steps tried, as a logarithm: all codes are zero long before
 
 
 def multipliers(weight: Tensor) -> Tensor:
@@ -87,7 +89,9 @@ class EntropyGPTQ(Compressor):
         over: tuple[float, float, PackedWeight] | None = None  # the latest known not to
         larger: float | None = None
         at = math.log(float(options["step"]))
-        for _ in range(_FIT_ROUNDS):
+        for attempt in itertools.count():
+            if attempt >= _FIT_ROUNDS and (fits or at > _COARSEST):
+                break
             step = float(f"{math.exp(at):.6g}")
             packed = next(self._ladder(layer, factors, [step], columns))
             if packed.nbytes > nbytes:
@@ -102,7 +106,8 @@ class EntropyGPTQ(Compressor):
                 at = fits[0] + min(max(share, 0.1), 0.9) * (over[0] - fits[0])
             else:  # one more bit a weight for half the step
                 bits = (target - packed.nbytes) * 8 / layer.weight.numel()
-                at -= max(-0.7, min(0.7, bits * math.log(2) * (1.0 if bits > 0 else 1.5)))
+                change = bits * math.log(2) * (1.0 if bits > 0 else 1.5)
+                at -= min(change, 0.7) if bits > 0 else max(min(change, -0.01), -0.7)
         _, step, packed = fits or over or (at, step, packed)
         missed = fits and packed.nbytes < (1 - tolerance) * nbytes  # codes too few for a table: whole bits a weight
         return Fit(packed, {**options, "step": step}, {**options, "step": larger} if missed and larger else None)

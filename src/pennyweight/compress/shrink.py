@@ -113,9 +113,8 @@ def plan(
     """
     job = _prepare(model, data)
     observation = _observe(job, distortion, loss, output, seed, progress)
-    return _allocate(
-        job, observation, _methods(methods, preset, job), _budget(job, size, bits, ratio), solver, seed, progress
-    )
+    offers = _offers(job, observation, _methods(methods, preset, job), progress)
+    return _allocate(job, observation, offers, _budget(job, size, bits, ratio), solver, seed)
 
 
 def shrink(
@@ -150,9 +149,9 @@ def shrink(
     job = _prepare(model, data)
     observation = _observe(job, distortion, loss, output, seed, progress)
     if plan is None:
-        plan = _allocate(
-            job, observation, _methods(methods, preset, job), _budget(job, size, bits, ratio), solver, seed, progress
-        )
+        offers = _offers(job, observation, _methods(methods, preset, job), progress)
+        plan = _allocate(job, observation, offers, _budget(job, size, bits, ratio), solver, seed)
+        del offers
     else:
         plan = _adopt(plan, job, size, bits, ratio)
     small = _twin(job)
@@ -294,13 +293,11 @@ def _budget(job: _Job, size: int | str | None, bits: float | None, ratio: float 
 def _allocate(
     job: _Job,
     observation: Observation,
-    methods: Sequence[str],
+    offers: Mapping[str, list[Candidate]],
     budget: int,
     solver: str,
     seed: int,
-    progress: Progress,
 ) -> Plan:
-    offers = _offers(job, observation, methods, progress)
     rows = {site.name: site.view.matrix_shape[0] for site in job.sites}
     smallest = job.overhead({name: min(c.nbytes for c in found) for name, found in offers.items()})
     plan = allocate(offers, budget, smallest, solver, rows=rows)  # a BudgetError names what is truly the least
