@@ -56,7 +56,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Effort:
-    """samples: training images to calibrate on; recovery_samples: to calibrate and recover on. The others are steps."""
+    """samples: training images to calibrate on; recovery_samples: to recover on. The others are steps."""
 
     samples: int
     recovery_samples: int
@@ -72,7 +72,7 @@ def load_resnet() -> nn.Module:
 def measure(case: Case, effort: Effort, threads: int) -> Row:
     common.start(threads)
     model = load_resnet()
-    batches = cifar.batches(effort.recovery_samples if case.recovered else effort.samples)
+    batches = cifar.batches(effort.samples)
     watch = common.Stopwatch()
     if case.budget is not None:
         small = _shrunk(model, case, batches, effort)
@@ -91,9 +91,11 @@ def measure_reference(threads: int) -> Row:
 
 
 def _shrunk(model: nn.Module, case: Case, batches: list[dict[str, torch.Tensor]], effort: Effort) -> nn.Module:
-    steps = effort.recovery_steps if case.recovered else 0
+    more: dict[str, Any] = {}
+    if case.recovered:
+        more = {"recover": effort.recovery_steps, "recover_data": cifar.batches(effort.recovery_samples)}
     with progress_bars() as progress:
-        return pw.shrink(model, size=case.budget, data=batches, recover=steps, progress=progress)
+        return pw.shrink(model, size=case.budget, data=batches, progress=progress, **more)
 
 
 def _quantised(model: nn.Module, case: Case, batches: list[dict[str, torch.Tensor]], effort: Effort) -> nn.Module:

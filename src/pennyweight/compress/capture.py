@@ -57,59 +57,59 @@ def input_rows(site: WeightSite, inputs: tuple[Any, ...], output: Tensor | None 
         yield rows, None if output is None else output.reshape(-1, output.shape[-1])
 
 
-def _output_positions(module: nn.Module, x: Tensor) -> int:
+def _output_positions(module: Any, x: Tensor) -> int:
     """Positions of the output a sample, near enough to choose a chunk size."""
     positions = x[0, 0].numel()
-    for stride in module.stride:  # type: ignore[union-attr]
+    for stride in module.stride:
         positions = positions * int(stride) if isinstance(module, _TRANSPOSED) else -(-positions // int(stride))
     return positions
 
 
-def patches(module: nn.Module, x: Tensor) -> Tensor:
+def patches(module: Any, x: Tensor) -> Tensor:
     """What a convolution of any dimension multiplies with its kernel: [groups, batch * positions, in/groups * kernel].
 
     x: [batch, in, *size]. A transposed convolution is seen as the plain one over its input with zeros put between
     (stride) and around the values; its kernel runs backwards there, so the patch is flipped to fit the weight's order.
     """
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation  # type: ignore[union-attr]
-    dims = len(kernel)  # type: ignore[arg-type]
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    dims = len(kernel)
     transposed = isinstance(module, _TRANSPOSED)
     if transposed:
-        spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride)))  # type: ignore[arg-type]
-        spread[(..., *(slice(None, None, s) for s in stride))] = x  # type: ignore[union-attr]
+        spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride)))
+        spread[(..., *(slice(None, None, s) for s in stride))] = x
         pads = [
             (d * (k - 1) - p, d * (k - 1) - p + o)
             for d, k, p, o in zip(dilation, kernel, module.padding, module.output_padding)
-        ]  # type: ignore[arg-type]
+        ]
         x, steps = spread, (1,) * dims
         mode = "constant"
     else:
         steps = stride
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode  # type: ignore[union-attr]
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         pads = _paddings(module)
     flat = [p for pair in reversed(pads) for p in pair]
     x = F.pad(x, flat, mode=str(mode)) if any(flat) else x
     for axis in range(dims):
-        x = x.unfold(2 + axis, int(dilation[axis]) * (int(kernel[axis]) - 1) + 1, int(steps[axis]))  # type: ignore[index]
-    x = x[(..., *(slice(None, None, int(d)) for d in dilation))]  # type: ignore[union-attr]
+        x = x.unfold(2 + axis, int(dilation[axis]) * (int(kernel[axis]) - 1) + 1, int(steps[axis]))
+    x = x[(..., *(slice(None, None, int(d)) for d in dilation))]
     if transposed:
         x = x.flip(tuple(range(-dims, 0)))
     batch, channels = x.shape[:2]
-    groups = int(module.groups)  # type: ignore[arg-type]
+    groups = int(module.groups)
     x = x.reshape(batch, groups, channels // groups, *x.shape[2:])
     order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))  # groups, batch, positions, channels, kernel
     x = x.permute(order)
     return x.reshape(groups, -1, channels // groups * math.prod(x.shape[-dims:]))
 
 
-def _paddings(module: nn.Module) -> list[tuple[int, int]]:
+def _paddings(module: Any) -> list[tuple[int, int]]:
     padding = module.padding
     if padding == "valid":
-        return [(0, 0)] * len(module.kernel_size)  # type: ignore[arg-type]
+        return [(0, 0)] * len(module.kernel_size)
     if padding == "same":
-        totals = [int(d) * (int(k) - 1) for d, k in zip(module.dilation, module.kernel_size)]  # type: ignore[arg-type]
+        totals = [int(d) * (int(k) - 1) for d, k in zip(module.dilation, module.kernel_size)]
         return [(t // 2, t - t // 2) for t in totals]
-    return [(int(p), int(p)) for p in padding]  # type: ignore[union-attr]
+    return [(int(p), int(p)) for p in padding]
 
 
 def _recurrent_rows(site: WeightSite, inputs: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -141,7 +141,7 @@ def _recurrent_rows(site: WeightSite, inputs: tuple[Any, ...]) -> Iterator[Tenso
     yield previous.reshape(-1, previous.shape[-1])
 
 
-def _single_layer(module: nn.RNNBase, index: int) -> nn.RNNBase:
+def _single_layer(module: Any, index: int) -> nn.RNNBase:
     directions = 2 if module.bidirectional else 1
     width = module.proj_size or module.hidden_size
     options: dict[str, Any] = {"bias": module.bias, "bidirectional": module.bidirectional}

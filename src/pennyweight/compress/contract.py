@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,9 +25,10 @@ class LayerView:
     name: the parameter's name in the model's state dict.
     weight: float32 [rows, cols]; a row makes one output (Linear, Conv, recurrent) or is one table entry (Embedding).
         Convolutions are [out, in/groups * kernel].
-    hessian: float32 or float64 [groups, cols, cols], the metric of a row's error. For a Linear it is X^T X / n, the second moment
-        of the inputs; for grouped convolutions one per group (rows are split evenly over the groups, in order); for an
-        Embedding it is the second moment of the loss gradient at the layer's output (identity where unknown).
+    hessian: float32 or float64 [groups, cols, cols], the metric of a row's error. For a Linear it is X^T X / n, the
+        second moment of the inputs; for grouped convolutions one per group (rows are split evenly over the groups, in
+        order); for an Embedding it is the second moment of the loss gradient at the layer's output (identity where
+        unknown).
     row_weight: float64 [rows], how much a row's error counts: sensitivity of the loss to that output for a Linear,
         (smoothed) use frequency for an Embedding; ones where unknown.
     kind: linear, conv, embedding or recurrent.
@@ -39,8 +40,7 @@ class LayerView:
     hessian: Tensor
     row_weight: Tensor
     kind: str = "linear"
-    measure: Any = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    measure: Callable[[Tensor], float] | None = None
 
     @property
     def rows(self) -> int:

@@ -13,8 +13,8 @@ the model's output by about sum_t g_t^T E x_t. With independent positions its sq
     layer   no gradient: s_t = 1, w_r = 1 / mean ||W x||^2, the relative error of the layer's own output
 
 "output" is divided by the variance of the output and "layer" by the layer's, so that numbers are relative errors.
-Positions that cannot matter (padding behind a mask) have no gradient and so no weight. Second moments are summed in float32,
-like the products that they are sums of.
+Positions that cannot matter (padding behind a mask) have no gradient and so no weight. Second moments are summed in
+float32, like the products that they are sums of.
 """
 
 from __future__ import annotations

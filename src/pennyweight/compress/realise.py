@@ -2,11 +2,12 @@
 
 The model and its reference run over the calibration data side by side (lockstep.py). When all batches stand before a
 layer with weight W and bias b, x the reference's inputs and x~ the compressed model's, both centred on their means m
-and m~,
+and m~:
 
-    target   V = W (C + k H) (H~ + k H)^-1,   C = sum s x x~^T,  H~ = sum s x~ x~^T,  H = sum s x x^T   (least
-    squares: V x~ ~ W x) pack     the layer's method, with weight V and metric H~ bias     b + W m - V^ m~, V^ being
-    the packed weight decoded, so that the output keeps its mean
+    target   V = W (C + k H) (H~ + k H)^-1, the least squares solution of V x~ = W x, with
+             C = sum s x x~^T,  H~ = sum s x~ x~^T,  H = sum s x x^T
+    weight   V^, packed by the layer's method from V with the metric H~
+    bias     b + W m - V^ m~, so that the output keeps its mean
 
 so a layer also mends what its predecessors did (the asymmetric calibration of GPTAQ, 2504.02692, in closed form; k =
 `RIDGE` keeps V near W where data is short). s are the position weights of observe.py. LayerNorms are mended on
@@ -21,21 +22,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..formats import PackedWeight, Split
+from ..formats import PackedWeight
 from ..layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
 from ..layers.packed import free_decoded, install
 from ..layers.sites import WeightSite
 from .capture import input_rows, is_observable
-from .contract import Compressor, LayerView, compressor
+from .contract import LayerView
 from .data import Call
 from .lockstep import Halt, lockstep
 from .observe import Observation, evaluating
-from .plan import Choice, Plan, SplitChoice
+from .packing import pack
+from .plan import Choice, Plan
 
 #: Share of the reference's second moment added on both sides of the least squares problem.
 RIDGE = 0.1
-
-_DIVIDE_ROUNDS = 12
 
 Progress = Callable[[str, int, int], None]
 
@@ -157,70 +157,6 @@ def quantise_inputs(model: nn.Module, batches: Sequence[Call], sites: Sequence[W
             attached.add(halt.module)
 
 
-def pack(view: LayerView, choice: Choice) -> tuple[PackedWeight, Choice]:
-    """Make one layer's packed weight as its plan line says, and the line that says what was made.
-
-    Where the line predicts bytes they are a target: methods with a knob are turned towards it, divided layers are
-    divided anew.
-    """
-    method, split, target = compressor(choice.method), choice.split, choice.nbytes
-    if target is not None and is_adjustable(choice.method) and (split is None or is_adjustable(split.method)):
-        packed, options, larger = method.fit(view, choice.options, target)
-        made = dataclasses.replace(choice, options=options, split=None)
-        if larger is not None:
-            parts = dataclasses.replace(made, split=SplitChoice(choice.method, larger, 0.5))
-            divided = divide(view, parts, target)
-            if divided is not None and divided[0].nbytes > packed.nbytes:
-                return divided
-    elif split is None:
-        packed, made = method.compress(view, **choice.options), choice
-    elif target is not None and (divided := divide(view, choice, target)) is not None:
-        return divided
-    else:
-        packed, made = _divided(view, choice, round(split.fraction * view.rows)), choice
-    return packed, dataclasses.replace(made, nbytes=packed.nbytes)
-
-
-def divide(view: LayerView, choice: Choice, nbytes: int) -> tuple[PackedWeight, Choice] | None:
-    """Give as many rows to the split's method as `nbytes` allows; None if not even one row each way fits."""
-    assert choice.split is not None
-    low, high, best = 1, view.rows - 1, None
-    for _ in range(_DIVIDE_ROUNDS):
-        if low > high:
-            break
-        middle = (low + high) // 2
-        packed = _divided(view, choice, middle)
-        if packed.nbytes <= nbytes:
-            best, low = (packed, middle), middle + 1
-        else:
-            high = middle - 1
-    if best is None:
-        return None
-    split = dataclasses.replace(choice.split, fraction=best[1] / view.rows)
-    return best[0], dataclasses.replace(choice, nbytes=best[0].nbytes, split=split)
-
-
-def _divided(view: LayerView, choice: Choice, second_rows: int) -> PackedWeight:
-    """The `second_rows` rows that count most by the split's method, the others by the first."""
-    assert choice.split is not None
-    loss = view.row_weight * torch.linalg.vector_norm(view.weight, dim=1, dtype=torch.float64).square()
-    take = torch.zeros(view.rows, dtype=torch.bool)
-    take[torch.argsort(loss, descending=True, stable=True)[:second_rows]] = True
-    plans = ((choice.method, choice.options, ~take), (choice.split.method, choice.split.options, take))
-    return Split.from_parts(
-        take, *(compressor(m).compress(_rows_of(view, rows), **options) for m, options, rows in plans)
-    )
-
-
-def _rows_of(view: LayerView, rows: Tensor) -> LayerView:
-    return dataclasses.replace(view, weight=view.weight[rows].contiguous(), row_weight=view.row_weight[rows])
-
-
-def is_adjustable(method: str) -> bool:
-    """Whether the method has a knob that reaches any size."""
-    return type(compressor(method)).fit is not Compressor.fit
-
-
 def _is_measured_anew(site: WeightSite, observation: Observation) -> bool:
     return site.kind != "embedding" and is_observable(site) and site.name in observation.reached
 
@@ -332,7 +268,8 @@ def _moments(site: WeightSite, here: Halt, there: Halt, observation: Observation
         mine, their = torch.zeros_like(mine), torch.zeros_like(their)  # no bias can take up the means
     for moment, left, right in zip(square, (mine, their, their), (mine, their, mine)):
         moment.div_(total).baddbmm_(left[:, :, None].float(), right[:, None, :].float(), alpha=-1.0)
-    return _Pair(*square, mine, their, total**2 / squares)
+    ours, theirs, cross = square
+    return _Pair(ours, theirs, cross, mine, their, total**2 / squares)
 
 
 def _mend_norm(norm: nn.Module, here: Halt, there: Halt, observation: Observation) -> None:

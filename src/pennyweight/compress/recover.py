@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -243,7 +244,7 @@ def _latent(site: WeightSite) -> Callable[[], Tensor]:
 @contextlib.contextmanager
 def _features(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Outputs of the LayerNorms in the latest forward, by name."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
     handles = [
         module.register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out))
         for name, module in model.named_modules()

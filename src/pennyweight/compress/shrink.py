@@ -31,8 +31,9 @@ from .entropy_gptq import STEPS
 from .folding import fold_batch_norm
 from .norms import correct_bias
 from .observe import Loss, Observation, observe, weight_only_view
+from .packing import is_adjustable, pack
 from .plan import Choice, LayerInfo, Plan
-from .realise import Realised, is_adjustable, pack, quantise_inputs, realise
+from .realise import Realised, quantise_inputs, realise
 from .recover import recover as distil
 
 #: What competes by default, and what a preset allows.
