@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import pennyweight as pw
+from pennyweight.compress.contract import LayerView, compressor, sample_rows
 from pennyweight.compress.data import calls
 from pennyweight.compress.observe import observe, weight_only_view
 from pennyweight.errors import BudgetError, DataError, PennyweightWarning, PlanError, UnknownNameError, WeightError
@@ -277,6 +278,20 @@ def test_positions_that_cannot_matter_have_no_weight():
         observe(model, calls(model, [(v, mask)]), weight_sites(model)).views["layer.weight"] for v in (x, polluted)
     ]
     torch.testing.assert_close(views[0].hessian, views[1].hessian)
+
+
+@pytest.mark.parametrize("method", ["svd", "codebook"])
+def test_shared_bytes_are_counted_once_when_rows_are_sampled(method):
+    """A factor or a table does not grow with the rows; scaling all bytes would overprice the whole layer."""
+    torch.manual_seed(0)
+    weight = torch.randn(4096, 48) @ torch.randn(48, 48)
+    layer = LayerView("table", weight, torch.eye(48)[None], torch.ones(4096, dtype=torch.float64), "embedding")
+    part, factor = sample_rows(layer, 1 << 14)
+    assert factor > 8
+    for priced in compressor(method).candidates(part):
+        whole = compressor(method).compress(layer, **priced.options).nbytes
+        assert 0 < priced.shared_nbytes <= priced.nbytes
+        assert abs(priced.for_more_rows(factor).nbytes - whole) < abs(priced.nbytes * factor - whole)
 
 
 def test_data_free_view_is_the_identity_metric():

@@ -31,8 +31,6 @@ SOLVERS: dict[str, Callable[..., Solution]] = {
     "integer": solve_integer,
 }
 
-# Methods whose bytes are not a sum over rows: both parts of a divided layer would carry the shared half in full.
-_INDIVISIBLE_METHODS = frozenset({"codebook", "svd"})
 _SPLIT_HEADER_BYTES = 64  # header of the split and of its second blob, with room to spare
 _FRONTIER_POINTS = 100
 
@@ -126,7 +124,8 @@ def _divide_best(
 ) -> tuple[IntArray, _Division | None]:
     """Divide a layer of the solver's choice or of the relaxation's, whichever ends with less distortion."""
     n_rows = np.array([rows.get(name, 0) for name in candidates])
-    by_rows = [[o.method not in _INDIVISIBLE_METHODS for o in offers] for offers in candidates.values()]
+    # Both parts of a divided layer would carry what all rows share in full.
+    by_rows = [[o.shared_nbytes == 0 for o in offers] for offers in candidates.values()]
     divisible = np.array([by_rows[layer][index] for layer, index in zip(problem.layer, problem.index)])
     divisible &= n_rows[problem.layer] > 0
     # Flat positions of the solver's choice: the one candidate of each layer with that index.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -79,13 +80,20 @@ class Candidate:
 
     method, options: enough to make it again (`compressor(method).compress(layer, **options)`); options are plain
         YAML values. nbytes: bytes of the packed weight on disk (exact, unless the layer was judged by a sample of its
-        rows, see `sample_rows`). distortion: `LayerView.distortion` of the decoded weight.
+        rows, see `sample_rows`). distortion: `LayerView.distortion` of the decoded weight. shared_nbytes: those of the
+        bytes that do not grow with the rows (a factor, a table).
     """
 
     method: str
     options: Mapping[str, Any]
     nbytes: int
     distortion: float
+    shared_nbytes: int = 0
+
+    def for_more_rows(self, factor: float) -> Candidate:
+        """What it would be for `factor` times the rows, all of them alike."""
+        own = math.ceil((self.nbytes - self.shared_nbytes) * factor)
+        return dataclasses.replace(self, nbytes=self.shared_nbytes + own, distortion=self.distortion * factor)
 
     @property
     def label(self) -> str:
@@ -124,7 +132,8 @@ class Compressor(ABC):
             yield self.candidate(layer, options, self.compress(layer, **options))
 
     def candidate(self, layer: LayerView, options: Mapping[str, Any], packed: PackedWeight) -> Candidate:
-        return Candidate(self.name, dict(options), packed.nbytes, layer.distortion(packed.decode()))
+        distortion = layer.distortion(packed.decode())
+        return Candidate(self.name, dict(options), packed.nbytes, distortion, packed.shared_nbytes)
 
     def fit(self, layer: LayerView, options: Mapping[str, Any], nbytes: int) -> Fit:
         """Compress towards `nbytes`. Methods with a continuous knob turn it; the others ignore the target."""

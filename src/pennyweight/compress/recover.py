@@ -38,7 +38,10 @@ from .realise import Realised
 
 FEATURES = 0.3
 #: Learning rates: of a latent weight, in units of its layer's grid; of norms and biases, absolute.
-LATENT_RATE, AFFINE_RATE = 0.02, 1e-3
+LATENT_RATE, AFFINE_RATE = 0.005, 1e-4
+#: How far from the middle of its cell a latent weight may start, in units of the grid: error feedback leaves many
+#: originals beyond their cell's edge, and at the edge (0.5) the first step would flip them all.
+START = 0.25
 _WARM_UP = 0.05
 _STEER_EVERY, _STEER_FROM = 20, 0.005
 #: The grids stop changing when this share of the steps is done.
@@ -84,9 +87,9 @@ class _Grid(nn.Module):
         return weight + difference
 
     def start(self, original: Tensor, decoded: Tensor) -> Tensor:
-        """The latent matrix nearest to `original` that still decodes to `decoded`."""
-        half = 0.49 * self.grid
-        return decoded + (original - decoded).clamp(-half, half)
+        """The latent matrix nearest to `original` that safely decodes to `decoded`."""
+        reach = START * self.grid
+        return decoded + (original - decoded).clamp(-reach, reach)
 
     def pack(self, matrix: Tensor) -> PackedWeight:
         codes = self.codes(matrix).to(torch.int32)

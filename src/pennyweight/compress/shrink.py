@@ -157,7 +157,7 @@ def shrink(
         plan = _adopt(plan, job, size, bits, ratio)
     small = _twin(job)
     sites = weight_sites(small)
-    largest = _knob(plan, sites)
+    knobs = _knobs(plan, sites)
     done = realise(
         small,
         job.reference,
@@ -167,7 +167,7 @@ def shrink(
         observation,
         sequential=sequential and distortion != "layer",
         in_place=not recover and activations is None,
-        keep=[largest],
+        keep=[site.name for site in knobs],
         progress=progress,
     )
     if activations is not None:
@@ -178,11 +178,11 @@ def shrink(
     at_sites = {id(site.parameter) for site in sites}
     halve(p for p in small.parameters() if id(p) not in at_sites)
     originals = dict(job.reference.named_parameters())
-    size_now = _settle(small, originals, sites, plan, done, largest, trained=False)
+    size_now = _settle(small, originals, sites, plan, done, knobs, trained=False)
     recovered = None
     if recover:
-        settled = next(site for site in sites if site.name == largest)
-        settled.parameter.data = settled.to_parameter(done.packed[largest].decode())
+        for site in knobs:
+            site.parameter.data = site.to_parameter(done.packed[site.name].decode())
         recovered = distil(
             small,
             job.reference,
@@ -196,7 +196,7 @@ def shrink(
             seed=seed,
             progress=progress,
         )
-        size_now = _settle(small, originals, sites, plan, done, largest, trained=recovered[1] < recovered[0])
+        size_now = _settle(small, originals, sites, plan, done, knobs, trained=recovered[1] < recovered[0])
     small = install(small, done.packed)
     set_memory(small, "fast")
     round_to_stored(small)
@@ -278,10 +278,7 @@ def _offers(
         wanted = methods if site.name in observation.reached else ["dense"]
         found = [c for name in wanted for c in compressor(name).candidates(part)]
         if factor != 1.0:
-            found = [
-                dataclasses.replace(c, nbytes=math.ceil(c.nbytes * factor), distortion=c.distortion * factor)
-                for c in found
-            ]
+            found = [c.for_more_rows(factor) for c in found]
         offers[site.name] = [c for c in found if math.isfinite(c.distortion)]
         progress("offers", i + 1, len(job.sites))
     return offers
@@ -336,17 +333,42 @@ def _adopt(plan: Plan, job: _Job, size: int | str | None, bits: float | None, ra
     return plan
 
 
-def _knob(plan: Plan, sites: Sequence[WeightSite]) -> str:
-    """The layer whose size is settled last: the one with most bytes among those that can take (nearly) any size.
+def _knobs(plan: Plan, sites: Sequence[WeightSite]) -> list[WeightSite]:
+    """The layers whose size is settled last, in order.
 
-    If there is none, the smallest layer, which then takes what the others leave.
+    First the one with most bytes among those that can take (nearly) any size, then, for what it cannot take, the
+    largest of those that cannot, but may be made anew by a method that can.
     """
-    able = [
-        (plan.choices[s.name].nbytes or s.parameter.numel(), s.name)
-        for s in sites
-        if is_adjustable(plan.choices[s.name].method) or plan.choices[s.name].split is not None
-    ]
-    return max(able)[1] if able else min((s.parameter.numel(), s.name) for s in sites)[1]
+    able, others = [], []
+    for site in sites:
+        choice = plan.choices[site.name]
+        if is_adjustable(choice.method) or choice.split is not None:
+            able.append((choice.nbytes or site.parameter.numel(), site.name, site))
+        elif choice.method != "dense":
+            others.append((site.parameter.numel(), site.name, site))
+    return [max(found)[2] for found in (able, others) if found]
+
+
+def _turn(done: Realised, name: str, slack: int) -> bool:
+    """Make one layer anew, larger by at most `slack` bytes (smaller by as many, if negative); whether that was done."""
+    choice, nbytes, view = done.choices[name], done.nbytes[name], done.views[name]
+    target = nbytes + slack - (8 if slack < 0 else 0)
+    if target < 16:
+        return False
+    able = is_adjustable(choice.method) or choice.split is not None
+    if not able:
+        if slack < 0:
+            return False
+        choice = Choice(_FILLER, {"step": STEPS[0]})
+    packed, made = pack(view, dataclasses.replace(choice, nbytes=target))
+    distortion = view.distortion(packed.decode())
+    if slack > 0 and not nbytes < packed.nbytes <= target:
+        return False
+    if not able and distortion > (done.choices[name].distortion or math.inf):
+        return False  # more bytes, but for less
+    done.packed[name] = packed
+    done.choices[name] = dataclasses.replace(made, distortion=distortion)
+    return True
 
 
 def _settle(
@@ -355,7 +377,7 @@ def _settle(
     sites: Sequence[WeightSite],
     plan: Plan,
     done: Realised,
-    knob: str,
+    knobs: Sequence[WeightSite],
     trained: bool,
 ) -> int:
     """Bring the files to the budget: never above it, a fraction of a percent below at most. Returns their size.
@@ -363,7 +385,6 @@ def _settle(
     originals: parameters before they were mended, put back where that alone makes the files fit. trained: codes come
     from recovery and are only touched if the files would not fit.
     """
-    site = next(s for s in sites if s.name == knob)
 
     def total() -> int:
         return predict_bytes(small, done.nbytes)
@@ -371,23 +392,11 @@ def _settle(
     budget = plan.budget
     if budget is None:
         return total()
-    for _ in range(_SETTLE_ROUNDS):
-        slack = budget - total()
-        if 0 <= slack <= max(0.001 * budget, 8) or (trained and slack >= 0):
-            break
-        choice, nbytes = done.choices[site.name], done.nbytes[site.name]
-        target = nbytes + slack - (8 if slack < 0 else 0)
-        if target < 16:
-            break
-        if not is_adjustable(choice.method) and choice.split is None:
-            if slack < 0 or choice.method == "dense":
+    for knob in knobs:
+        for _ in range(_SETTLE_ROUNDS):
+            slack = budget - total()
+            if 0 <= slack <= max(0.001 * budget, 8) or (trained and slack >= 0) or not _turn(done, knob.name, slack):
                 break
-            choice = Choice(_FILLER, {"step": STEPS[0]})
-        new, made = pack(done.views[site.name], dataclasses.replace(choice, nbytes=target))
-        if slack > 0 and not nbytes < new.nbytes <= target:
-            break
-        done.packed[site.name] = new
-        done.choices[site.name] = dataclasses.replace(made, distortion=done.views[site.name].distortion(new.decode()))
     if total() > budget:  # mended biases and norms may compress a little worse than the original ones
         packed_already = {id(s.parameter) for s in sites}
         with torch.no_grad():

@@ -126,6 +126,11 @@ class PackedWeight(ABC):
         """Bytes on disk."""
         return len(self.to_bytes())
 
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of parts that all rows need: they do not grow with the rows, nor can a division of them share them."""
+        return 0
+
     def to(self, device: torch.device | str) -> Self:
         """A copy whose tensors lie on `device`."""
         moved = copy.copy(self)

@@ -66,6 +66,12 @@ class Codebook(PackedWeight):
         assert isinstance(table, Float16Values)
         return cls(CodeMatrix.of(codes, (entries - 1).bit_length()), table, cols, scale)
 
+    @property
+    def shared_nbytes(self) -> int:
+        table = Writer()
+        self.codebook.write(table)
+        return len(table.data)
+
     def decode(self) -> Tensor:
         return self._values(self.codes.all(), None if self.row_scale is None else self.row_scale.all())
 

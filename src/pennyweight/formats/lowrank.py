@@ -34,6 +34,10 @@ class LowRank(PackedWeight):
     def rank(self) -> int:
         return self.left.shape[1]
 
+    @property
+    def shared_nbytes(self) -> int:
+        return self.nbytes if self.rank == 0 else self.right.nbytes
+
     def decode(self) -> Tensor:
         return self.left.decode() @ self.right.decode()
 
