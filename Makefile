@@ -29,8 +29,13 @@ experiments: $(VENV)/.installed
 	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m pennyweight.bench.experiments.$$name; done
 
 bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/planner.py --page
+	$(BIN)/python benchmarks/cost.py --page
+	$(BIN)/python benchmarks/promise.py --page
+	$(BIN)/python benchmarks/quality_minilm.py --page
+	$(BIN)/python benchmarks/quality_cifar.py --page
 	$(BIN)/python benchmarks/peers.py --with-pennyweight
-	$(BIN)/python benchmarks/planner.py
+	$(BIN)/python benchmarks/picture.py
 
 clean:
 	rm -rf $(VENV) build demo-out
