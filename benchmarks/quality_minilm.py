@@ -42,7 +42,7 @@ TARGETS = {
 }
 #: Recovery has 15 minutes on 2 cores.
 RECOVERY_SECONDS = 900
-RECOVERY_STEPS = 1500
+RECOVERY_STEPS, RECOVERY_SENTENCES = 600, 4096
 VALIDATION = 500
 FLOOR = ((4, 0), (3, 0), (3, 2), (2, 0), (1, 0))  # bits of linear layers, of tables (0: the same)
 
@@ -53,9 +53,14 @@ def measure(megabytes: float, steps: int, calibration: str, samples: int, thread
     model = sts.load_encoder()
     sentences = sorted(data.calibration_sentences(samples, calibration), key=len)  # little padding in a batch
     size = round(megabytes * 1e6)
+    more: dict[str, Any] = {}
+    if steps:  # text of its own: neither what calibrates nor what validates
+        first = samples + VALIDATION
+        text = data.calibration_sentences(first + RECOVERY_SENTENCES, calibration)[first:]
+        more = {"recover": steps, "recover_data": sts.batches(sorted(text, key=len))}
     watch = common.Stopwatch()
     with progress_bars() as progress:
-        small = pw.shrink(model, size=size, data=sts.batches(sentences), recover=steps, progress=progress)
+        small = pw.shrink(model, size=size, data=sts.batches(sentences), progress=progress, **more)
     row: Row = {"megabytes": megabytes, "recovered": steps > 0, **watch.read()}
     row["peak_memory"] = common.peak_memory()
     loaded, row["bytes"] = common.save_and_load(small, sts.empty_encoder)

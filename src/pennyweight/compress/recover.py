@@ -38,7 +38,7 @@ from .realise import Realised
 
 FEATURES = 0.3
 #: Learning rates: of a latent weight, in units of its layer's grid; of norms and biases, absolute.
-LATENT_RATE, AFFINE_RATE = 0.005, 1e-4
+LATENT_RATE, AFFINE_RATE = 0.01, 3e-4
 #: How far from the middle of its cell a latent weight may start, in units of the grid: error feedback leaves many
 #: originals beyond their cell's edge, and at the edge (0.5) the first step would flip them all.
 START = 0.25
