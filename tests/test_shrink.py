@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import pennyweight as pw
@@ -258,6 +259,38 @@ def test_observed_distortion_predicts_the_change_of_the_output():
         measured = float(change.pow(2).sum(1).mean() / reference.detach().var(0, correction=0).sum())
         ratios.append(measured / predicted)
     assert 0.8 < sum(ratios) / len(ratios) < 1.25
+
+
+@pytest.mark.parametrize("distortion", ["output", "loss"])
+def test_kinds_of_candidates_are_priced_alike(distortion):
+    """Whatever the method, what a candidate is said to cost is what the model's output (or divergence) then shows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 64), nn.LayerNorm(64), nn.Linear(64, 16)).eval()
+    x = torch.randn(512, 12) @ torch.randn(12, 48) + 0.3 * torch.randn(512, 48)
+    sites = weight_sites(model)
+    views = observe(model, calls(model, [x]), sites, distortion=distortion).views
+
+    @torch.no_grad()
+    def measured(name, weight):
+        before, changed = model(x), copy.deepcopy(model)
+        changed.get_parameter(name).copy_(weight)
+        after = changed(x)
+        if distortion == "output":
+            return float((after - before).pow(2).sum(1).mean() / before.var(0, correction=0).sum())
+        return float(F.kl_div(after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean"))
+
+    checked = 0
+    for method in ("rtn", "gptq", "entropy-gptq", "binary", "codebook", "svd", "rd-prune"):
+        ratios = []
+        for site in sites:
+            for priced in compressor(method).candidates(views[site.name]):
+                change = measured(site.name, compressor(method).compress(views[site.name], **priced.options).decode())
+                if 1e-5 < change < 0.1:  # small enough for a second-order measure, large enough for float32
+                    ratios.append(change / priced.distortion)
+        if ratios:
+            assert 0.8 < torch.tensor(ratios).log().mean().exp() < 1.25, method
+            checked += len(ratios)
+    assert checked > 50
 
 
 def test_positions_that_cannot_matter_have_no_weight():

@@ -12,7 +12,8 @@ the model's output by about sum_t g_t^T E x_t. With independent positions its sq
     loss    g of a given loss; without one, of -log p(y|x) with y drawn from the model's own softmax (Fisher)
     layer   no gradient: s_t = 1, w_r = 1 / mean ||W x||^2, the relative error of the layer's own output
 
-"output" is divided by the variance of the output and "layer" by the layer's, so that numbers are relative errors.
+"output" is divided by the variance of the output and "layer" by the layer's, so that numbers are relative errors;
+"loss" is halved, which makes it the rise of the loss to second order (without one, of the KL divergence).
 Positions that cannot matter (padding behind a mask) have no gradient and so no weight. Second moments are summed in
 float32, like the products that they are sums of.
 """
@@ -161,7 +162,7 @@ def observe(
         finally:
             for handle in handles:
                 handle.remove()
-    scale = 1.0
+    scale = 2.0 if distortion == "loss" else 1.0
     if distortion == "output":
         mean = mean_output / samples if isinstance(mean_output, Tensor) else torch.zeros(1)
         variance = energy / samples - float(mean.pow(2).sum())
