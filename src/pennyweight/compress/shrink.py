@@ -336,8 +336,8 @@ def _adopt(plan: Plan, job: _Job, size: int | str | None, bits: float | None, ra
 def _knobs(plan: Plan, sites: Sequence[WeightSite]) -> list[WeightSite]:
     """The layers whose size is settled last, in order.
 
-    First the one with most bytes among those that can take (nearly) any size, then, for what it cannot take, the
-    largest of those that cannot, but may be made anew by a method that can.
+    First the one with most bytes among those that can take (nearly) any size; then, for what it cannot take, the
+    largest and the smallest of those that cannot, but may be made anew by a method that can.
     """
     able, others = [], []
     for site in sites:
@@ -346,7 +346,10 @@ def _knobs(plan: Plan, sites: Sequence[WeightSite]) -> list[WeightSite]:
             able.append((choice.nbytes or site.parameter.numel(), site.name, site))
         elif choice.method != "dense":
             others.append((site.parameter.numel(), site.name, site))
-    return [max(found)[2] for found in (able, others) if found]
+    chosen = [max(able)] if able else []
+    if others:
+        chosen += [max(others), min(others)]
+    return list({name: site for _, name, site in chosen}.values())
 
 
 def _turn(done: Realised, name: str, slack: int) -> bool:
