@@ -146,7 +146,7 @@ def minilm_table(row: Row) -> Table:
         "seconds": [f"{row['seconds']:.0f}", f"< {GOAL_SECONDS}", verdict(row["seconds"] < GOAL_SECONDS)],
         "processor seconds": [f"{row['processor_seconds']:.0f}", "", ""],
         "peak above the baseline, times the weights": [
-            f"{row['multiple']:.2f}", f"< {GOAL_MEMORY:g}", verdict(row["multiple"] < GOAL_MEMORY),
+            f"{row['multiple']:.3f}", f"< {GOAL_MEMORY:g}", verdict(row["multiple"] < GOAL_MEMORY),
         ],
         "weights in fp32, MB": [f"{row['weights'] / 1e6:.0f}", "", ""],
         "baseline, MB": [f"{row['baseline'] / 1e6:.0f}", "", ""],
@@ -181,7 +181,7 @@ def main() -> int:
         met += [row["seconds"] < GOAL_SECONDS, row["multiple"] < GOAL_MEMORY]
         lines.append(
             f"MiniLM to {SIZE}: {row['seconds']:.0f} seconds with {args.threads} threads, at its peak "
-            f"{row['multiple']:.2f} times the fp32 weights."
+            f"{row['multiple']:.3f} times the fp32 weights."
         )
     for name, (against, rungs) in ladders(args, kept).items():
         exponent = slope(rungs, against)
