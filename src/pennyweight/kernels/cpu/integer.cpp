@@ -1,0 +1,163 @@
+#include "integer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace pennyweight {
+namespace {
+
+constexpr std::size_t few = 4;             // inputs up to which weights are read in place, without a panel
+constexpr std::size_t chunk = 256;         // columns worked on at once
+constexpr std::size_t rows_at_once = 192;  // inputs that share a panel: their sums stay in the cache
+
+// One block of rows against inputs first .. last-1.
+class BlockProduct {
+public:
+    BlockProduct(const Integers &w, const Activations &a, const IntegerKernels &k, const std::uint8_t *tables, int parts)
+        : w_(w), a_(a), k_(k), tables_(tables), parts_(parts) {}
+
+    void run(std::size_t b, std::size_t first, std::size_t last, const float *bias, float *y) const {
+        thread_local std::vector<std::uint32_t> acc;
+        thread_local std::vector<float> out;
+        const std::size_t n = last - first;
+        acc.assign(n * block_rows, 0);
+        out.assign(n * block_rows, 0.0f);
+        for (std::size_t g = 0; g < a_.groups; ++g) {
+            const std::size_t end = std::min((g + 1) * w_.group, w_.padded());
+            for (std::size_t k = g * w_.group; k < end; k += chunk) accumulate(b, k, std::min(k + chunk, end), first, last, acc.data());
+            const std::size_t at = (b * a_.groups + g) * block_rows;
+            for (std::size_t m = 0; m < n; ++m) {
+                const std::size_t sum = (first + m) * a_.groups + g;
+                k_.flush(w_.scale + at, w_.minimum == nullptr ? nullptr : w_.minimum + at,
+                         zero_in_codes() ? static_cast<std::uint32_t>(w_.zero) * a_.sum[sum] : 0,
+                         // totals are in units of x, all else in units of the row's step
+                         w_.minimum == nullptr || a_.step[first + m] == 0.0f ? 0.0f : a_.total[sum] / a_.step[first + m],
+                         acc.data() + m * block_rows, out.data() + m * block_rows);
+            }
+            std::fill(acc.begin(), acc.end(), 0);
+        }
+        escapes(b, first, last, out.data());
+        const std::size_t count = std::min(block_rows, w_.rows - b * block_rows);
+        for (std::size_t m = 0; m < n; ++m) {
+            float *to = y + (first + m) * w_.rows + b * block_rows;
+            const float *from = out.data() + m * block_rows, step = a_.step[first + m], offset = a_.offset[first + m];
+            for (std::size_t r = 0; r < count; ++r) {
+                const float value = from[r] * step + offset;
+                to[r] = bias == nullptr ? value : value + bias[b * block_rows + r];
+            }
+        }
+    }
+
+private:
+    // Looking up takes the codes as they are stored, a panel has the zero taken off.
+    bool zero_in_codes() const { return tables_ != nullptr; }
+
+    void accumulate(std::size_t b, std::size_t begin, std::size_t end, std::size_t first, std::size_t last, std::uint32_t *acc) const {
+        if (tables_ != nullptr) {
+            const std::size_t table_bytes = w_.padded() * 8;
+            for (std::size_t m = first; m < last; ++m, acc += block_rows) {
+                const std::uint8_t *t = tables_ + m * parts_ * table_bytes;
+                k_.look_up(w_.block(b), w_.bits, begin / 8, end / 8, t, acc);
+                if (parts_ == 1) continue;
+                std::uint32_t high[block_rows] = {};
+                k_.look_up(w_.block(b), w_.bits, begin / 8, end / 8, t + table_bytes, high);
+                for (std::size_t r = 0; r < block_rows; ++r) acc[r] += high[r] << 8;
+            }
+        } else if (w_.bits == 8 && last - first <= few) {
+            for (std::size_t m = first; m < last; ++m, acc += block_rows)
+                k_.dot_bytes(w_.block(b), begin / 2, end / 2, a_.q + m * a_.stride, acc);
+        } else {
+            alignas(64) std::int16_t panel[chunk * block_rows];
+            k_.panel(w_, b, begin, end, panel);
+            k_.multiply(panel, (end - begin) / 2, a_.q + first * a_.stride + begin, a_.stride, last - first, acc);
+        }
+    }
+
+    void escapes(std::size_t b, std::size_t first, std::size_t last, float *out) const {
+        if (w_.escape_start == nullptr) return;
+        for (std::int32_t e = w_.escape_start[b]; e < w_.escape_start[b + 1]; ++e) {
+            const std::size_t r = static_cast<std::size_t>(w_.escape_row[e]), k = static_cast<std::size_t>(w_.escape_column[e]);
+            const float value = w_.scale[(b * a_.groups + k / w_.group) * block_rows + r] * static_cast<float>(w_.escape_extra[e]);
+            for (std::size_t m = first; m < last; ++m)
+                out[(m - first) * block_rows + r] += value * static_cast<float>(a_.q[m * a_.stride + k]);
+        }
+    }
+
+    const Integers &w_;
+    const Activations &a_;
+    const IntegerKernels &k_;
+    const std::uint8_t *tables_;
+    int parts_;
+};
+
+}  // namespace
+
+void integer_linear(const Integers &w, const float *x, std::size_t n, const float *bias, float *y, int activation_bits, double limit, unsigned threads) {
+    if (n == 0 || w.rows == 0) return;
+    const IntegerKernels &k = kernels().integer;
+    // 16-bit inputs are read as two signed bytes, of which the larger value is 127 * 256 + 127.
+    const double most = activation_bits == 8 ? 127.0 : 32639.0;
+    const float largest = static_cast<float>(std::floor(std::max(1.0, std::min(most, 2147483647.0 / std::max(limit, 1.0)))));
+    const bool by_table = w.bits < 8 && n <= few;
+    const int parts = activation_bits == 8 ? 1 : 2;
+    const std::size_t padded = w.padded(), groups = w.groups();
+
+    std::vector<std::int16_t> q(n * padded);
+    std::vector<float> step(n), offset(n), total(w.minimum == nullptr ? 0 : n * groups);
+    std::vector<std::uint32_t> sum(n * groups);
+    std::vector<std::uint8_t> tables(by_table ? n * parts * padded * 8 : 0);
+    Activations a{q.data(), step.data(), sum.data(), total.empty() ? nullptr : total.data(), offset.data(), padded, groups};
+    const std::size_t share = std::max<std::size_t>(1, 16384 / std::max<std::size_t>(padded, 1));
+    parallel_for((n + share - 1) / share, n * padded < 65536 ? 1 : threads, [&](std::size_t i) {
+        const std::size_t last = std::min(n, (i + 1) * share);
+        k.quantise(w, x, i * share, last, largest, a);
+        for (std::size_t m = i * share; by_table && m < last; ++m)
+            for (int part = 0; part < parts; ++part)
+                k.tables(a.q + m * padded, padded, parts == 1 ? 0 : part + 1, tables.data() + (m * parts + part) * padded * 8);
+    });
+
+    const BlockProduct product(w, a, k, by_table ? tables.data() : nullptr, parts);
+    const std::size_t slices = (n + rows_at_once - 1) / rows_at_once, blocks = w.blocks();
+    const bool small = static_cast<double>(n) * static_cast<double>(padded) * static_cast<double>(w.rows) < 200000.0;
+    parallel_for(blocks * slices, small ? 1 : threads, [&](std::size_t i) {
+        const std::size_t slice = i / blocks;
+        product.run(i % blocks, n * slice / slices, n * (slice + 1) / slices, bias, y);
+    });
+}
+
+void integer_decode(const Integers &w, std::size_t first, std::size_t last, float *out, unsigned threads) {
+    if (first >= last) return;
+    const IntegerKernels &k = kernels().integer;
+    const std::size_t first_block = first / block_rows, blocks = (last - 1) / block_rows + 1 - first_block;
+    parallel_for(blocks, threads, [&](std::size_t i) {
+        const std::size_t start = (first_block + i) * block_rows;
+        const std::size_t begin = std::max(start, first), end = std::min(start + block_rows, last);
+        k.decode(w, first_block + i, begin - start, end - start, out + (begin - first) * w.cols, w.cols);
+    });
+}
+
+void integer_arrange(const std::int16_t *codes, const Integers &w, std::uint8_t *out, unsigned threads) {
+    parallel_for(w.blocks(), threads, [&](std::size_t b) {
+        std::uint8_t *block = out + b * w.block_bytes();
+        std::memset(block, 0, w.block_bytes());
+        const std::size_t count = std::min(block_rows, w.rows - b * block_rows);
+        for (std::size_t r = 0; r < count; ++r) {
+            const std::int16_t *row = codes + (b * block_rows + r) * w.cols;
+            for (std::size_t k = 0; k < w.cols; ++k) {
+                if (w.bits == 8) {
+                    block[(k / 2 * block_rows + r) * 2 + k % 2] = static_cast<std::uint8_t>(row[k]);
+                    continue;
+                }
+                for (std::size_t p = 0; p < w.bits; ++p)
+                    block[(k / 8 * w.bits + p) * block_rows + r] |= static_cast<std::uint8_t>((row[k] >> p & 1) << k % 8);
+            }
+        }
+    });
+}
+
+}  // namespace pennyweight

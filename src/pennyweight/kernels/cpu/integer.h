@@ -1,0 +1,72 @@
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace pennyweight {
+
+constexpr std::size_t block_rows = 64;  // rows of a weight that lie together
+constexpr std::size_t span = 32;        // column bytes (8 columns each) whose sums fit 16 bits
+
+// An integer weight [rows, cols] as the kernels read it; kernels/integer.py says what the numbers mean.
+//
+// Rows come in blocks of 64, the last one filled up with zeros; columns are filled up to a multiple of 8.
+//     bits 1..4   planes   [blocks][cols / 8][bits][64] bytes: bit i of a byte is column 8c + i of that plane and row
+//     bits 8      bytes    [blocks][cols / 2][64][2] signed bytes
+// scale, minimum: [blocks][groups][64]. A group has `group` columns, a multiple of 8; the last one may be shorter.
+// Escapes are what codes leave out, code = byte + extra, sorted by block: those of block b are start[b] .. start[b+1]-1.
+struct Integers {
+    const std::uint8_t *codes;
+    std::size_t rows, cols, bits, group;
+    std::int32_t zero;
+    const float *scale, *minimum, *column_scale, *column_offset;  // all but scale may be null
+    const std::int32_t *escape_start, *escape_row, *escape_column, *escape_extra;
+
+    std::size_t blocks() const { return (rows + block_rows - 1) / block_rows; }
+    std::size_t padded() const { return (cols + 7) / 8 * 8; }
+    std::size_t groups() const { return (padded() + group - 1) / group; }
+    std::size_t block_bytes() const { return padded() * block_rows * bits / 8; }
+    const std::uint8_t *block(std::size_t b) const { return codes + b * block_bytes(); }
+};
+
+// Inputs of one call, quantised: x = q * step, row by row.
+struct Activations {
+    std::int16_t *q;          // [rows][stride], zeros beyond the columns
+    float *step;              // [rows]; NaN where a row was not finite
+    std::uint32_t *sum;       // [rows][groups] of q, modulo 2^32
+    float *total;             // [rows][groups] of the unquantised x; null unless there is a minimum
+    float *offset;            // [rows] x times the column offsets
+    std::size_t stride, groups;
+};
+
+// What is compiled once for each instruction set. `acc` is modulo 2^32, [rows][64].
+struct IntegerKernels {
+    // Quantises rows of x [.., cols] to whole numbers up to `largest`.
+    void (*quantise)(const Integers &, const float *x, std::size_t first, std::size_t last, float largest, Activations &);
+    // Sums of four columns for each of the 16 choices of them: [cols / 4][low bytes 16, high bytes 16].
+    // part 0: of q; 1: of its low byte, as a signed number; 2: of what remains, in units of 256.
+    void (*tables)(const std::int16_t *q, std::size_t cols, int part, std::uint8_t *out);
+    // acc += planes . q for one row of q, column bytes first .. last-1
+    void (*look_up)(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, std::uint32_t *acc);
+    // acc += bytes . q for one row of q, column pairs first .. last-1
+    void (*dot_bytes)(const std::uint8_t *block, std::size_t first, std::size_t last, const std::int16_t *q, std::uint32_t *acc);
+    // (code - zero) of a block's columns first .. last-1 (multiples of 8), arranged for `multiply`
+    void (*panel)(const Integers &, std::size_t block, std::size_t first, std::size_t last, std::int16_t *out);
+    // acc += panel . q for `rows` rows of q; pairs: of columns
+    void (*multiply)(const std::int16_t *panel, std::size_t pairs, const std::int16_t *q, std::size_t stride, std::size_t rows, std::uint32_t *acc);
+    // y[64] += scale[64] * (acc[64] - zero * sum), and + minimum[64] * total
+    void (*flush)(const float *scale, const float *minimum, std::uint32_t zero_sum, float total, const std::uint32_t *acc, float *y);
+    // The values of rows first .. last-1 of a block, float32 [last - first][cols], rows `stride` apart.
+    void (*decode)(const Integers &, std::size_t block, std::size_t first, std::size_t last, float *out, std::size_t stride);
+};
+
+// y [n][rows] = x [n][cols] W^T + bias. activation_bits: 8 or 16. limit: most that sum |code - zero| over a group
+// comes to, which bounds the whole numbers x is quantised to.
+void integer_linear(const Integers &, const float *x, std::size_t n, const float *bias, float *y, int activation_bits, double limit, unsigned threads);
+
+// The decoded rows first .. last-1, float32 [last - first][cols].
+void integer_decode(const Integers &, std::size_t first, std::size_t last, float *out, unsigned threads);
+
+// Arranges codes [rows][cols] - zero included, so bits 1..4 take 0 .. 2^bits - 1 and 8 bits take signed bytes - as above.
+void integer_arrange(const std::int16_t *codes, const Integers &shape, std::uint8_t *out, unsigned threads);
+
+}  // namespace pennyweight

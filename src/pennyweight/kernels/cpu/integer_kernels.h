@@ -1,0 +1,252 @@
+#pragma once
+// Kernels of integer weights, in terms of simd.h. Included by isa.cpp alone.
+
+#include "integer.h"
+#include "simd.h"
+
+namespace pennyweight {
+namespace {
+
+constexpr std::size_t vectors = block_rows / width;    // of bytes in a block
+constexpr std::size_t unit = 2 * lanes;                // rows that `tile` takes at once
+constexpr std::size_t units = block_rows / unit;
+constexpr std::size_t tile_rows = width == 64 ? 12 : 6;  // inputs that `tile` takes at once: what the registers hold
+
+PENNYWEIGHT_INLINE std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
+static float largest_magnitude(const float *x, const float *column_scale, std::size_t cols, bool &finite) {
+    // Magnitudes compare like the integers their bits are, which vectorises; NaN and infinity come out on top.
+    std::uint32_t largest = 0;
+    for (std::size_t k = 0; k < cols; ++k) {
+        const float value = column_scale == nullptr ? x[k] : x[k] * column_scale[k];
+        std::uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        bits &= 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+    }
+    finite = largest < 0x7f800000u;
+    float value;
+    std::memcpy(&value, &largest, 4);
+    return value;
+}
+
+// Sums in eight strands, so that the order of additions is the same whatever the vectors are.
+static float sum_of(const float *a, const float *b, std::size_t count) {
+    float strand[8] = {};
+    std::size_t k = 0;
+    for (; k + 8 <= count; k += 8)
+        for (std::size_t i = 0; i < 8; ++i) strand[i] += b == nullptr ? a[k + i] : a[k + i] * b[k + i];
+    for (std::size_t i = 0; k < count; ++k, ++i) strand[i] += b == nullptr ? a[k] : a[k] * b[k];
+    return ((strand[0] + strand[4]) + (strand[1] + strand[5])) + ((strand[2] + strand[6]) + (strand[3] + strand[7]));
+}
+
+static void quantise(const Integers &w, const float *x, std::size_t first, std::size_t last, float largest, Activations &a) {
+    constexpr float round = 12582912.0f;  // adding it leaves no fraction, as 2^23 <= it < 2^24
+    const std::size_t padded = w.padded();
+    for (std::size_t m = first; m < last; ++m) {
+        const float *row = x + m * w.cols;
+        std::int16_t *q = a.q + m * a.stride;
+        bool finite;
+        const float magnitude = largest_magnitude(row, w.column_scale, w.cols, finite);
+        const bool flat = !finite || magnitude < 1e-30f;  // too small to divide by
+        const float inverse = flat ? 0.0f : largest / magnitude;
+        float nan;
+        const std::uint32_t nan_bits = 0x7fc00000u;
+        std::memcpy(&nan, &nan_bits, 4);
+        a.step[m] = !finite ? nan : flat ? 0.0f : magnitude / largest;
+        if (flat) {
+            std::memset(q, 0, padded * sizeof(std::int16_t));
+        } else {
+            if (w.column_scale == nullptr)
+                for (std::size_t k = 0; k < w.cols; ++k)
+                    q[k] = static_cast<std::int16_t>(static_cast<std::int32_t>((row[k] * inverse + round) - round));
+            else
+                for (std::size_t k = 0; k < w.cols; ++k)
+                    q[k] = static_cast<std::int16_t>(
+                        static_cast<std::int32_t>((row[k] * w.column_scale[k] * inverse + round) - round));
+            for (std::size_t k = w.cols; k < padded; ++k) q[k] = 0;
+        }
+        for (std::size_t g = 0; g < a.groups; ++g) {
+            const std::size_t begin = g * w.group, end = smaller(begin + w.group, padded);
+            std::int32_t sum = 0;  // at most 2^31 / 2^15 columns are summed exactly, more wrap around as all else does
+            for (std::size_t k = begin; k < end; ++k)
+                sum = static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) + static_cast<std::uint32_t>(static_cast<std::int32_t>(q[k])));
+            a.sum[m * a.groups + g] = static_cast<std::uint32_t>(sum);
+            if (a.total != nullptr) a.total[m * a.groups + g] = sum_of(row + begin, nullptr, smaller(end, w.cols) - begin);
+        }
+        a.offset[m] = w.column_offset == nullptr ? 0.0f : sum_of(row, w.column_offset, w.cols);
+    }
+}
+
+static void tables(const std::int16_t *q, std::size_t cols, int part, std::uint8_t *out) {
+    for (std::size_t k = 0; k < cols; k += 4, out += 32) {
+        std::int32_t x[4];
+        for (int i = 0; i < 4; ++i) {
+            const std::int32_t low = static_cast<std::int8_t>(static_cast<std::uint8_t>(q[k + i] & 255));
+            x[i] = part == 0 ? q[k + i] : part == 1 ? low : (q[k + i] - low) / 256;
+        }
+        for (int choice = 0; choice < 16; ++choice) {
+            std::int32_t sum = 0;
+            for (int i = 0; i < 4; ++i) sum += (choice >> i & 1) * x[i];
+            out[choice] = static_cast<std::uint8_t>(sum & 255);
+            out[choice + 16] = static_cast<std::uint8_t>(sum >> 8 & 255);
+        }
+    }
+}
+
+static void look_up(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, std::uint32_t *acc) {
+    for (std::size_t stop; first < last; first = stop) {
+        stop = smaller(last, first + span);
+        for (std::size_t plane = 0; plane < bits; ++plane) {
+            V low[vectors], high[vectors];  // sums of the rows that interleave_low and interleave_high bring together
+            for (std::size_t v = 0; v < vectors; ++v) low[v] = high[v] = zero();
+            for (std::size_t c = first; c < stop; ++c) {
+                const std::uint8_t *codes = block + (c * bits + plane) * block_rows, *t = tables + c * 64;
+                const V low0 = table(t), high0 = table(t + 16), low1 = table(t + 32), high1 = table(t + 48);
+                for (std::size_t v = 0; v < vectors; ++v) {
+                    const V code = load(codes + v * width);
+                    const V choice0 = low_nibbles(code), choice1 = high_nibbles(code);
+                    const V l0 = lookup(low0, choice0), h0 = lookup(high0, choice0);
+                    const V l1 = lookup(low1, choice1), h1 = lookup(high1, choice1);
+                    low[v] = add16(low[v], add16(interleave_low(l0, h0), interleave_low(l1, h1)));
+                    high[v] = add16(high[v], add16(interleave_high(l0, h0), interleave_high(l1, h1)));
+                }
+            }
+            alignas(64) std::int16_t sums[block_rows];
+            for (std::size_t v = 0; v < vectors; ++v) store_interleaved(sums + v * width, low[v], high[v]);
+            for (std::size_t r = 0; r < block_rows; ++r)
+                acc[r] += static_cast<std::uint32_t>(static_cast<std::int32_t>(sums[r])) << plane;
+        }
+    }
+}
+
+static void dot_bytes(const std::uint8_t *block, std::size_t first, std::size_t last, const std::int16_t *q, std::uint32_t *acc) {
+    constexpr std::size_t all = block_rows / lanes;
+    V sum[all];
+    for (std::size_t v = 0; v < all; ++v) sum[v] = load(acc + v * lanes);
+    for (std::size_t k = first; k < last; ++k) {
+        const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(block) + k * 2 * block_rows;
+        const V x = broadcast32(q + 2 * k);
+        for (std::size_t v = 0; v < all; ++v) sum[v] = multiply(sum[v], widen(codes + v * width / 2), x);
+    }
+    for (std::size_t v = 0; v < all; ++v) store(acc + v * lanes, sum[v]);
+}
+
+// code - zero of eight columns: [8][64]
+static void unpack(const Integers &w, const std::uint8_t *planes, std::int8_t (*out)[block_rows]) {
+    for (int k = 0; k < 8; ++k)
+        for (std::size_t r = 0; r < block_rows; ++r) out[k][r] = static_cast<std::int8_t>(planes[r] >> k & 1);
+    for (std::size_t p = 1; p < w.bits; ++p)
+        for (int k = 0; k < 8; ++k)
+            for (std::size_t r = 0; r < block_rows; ++r)
+                out[k][r] = static_cast<std::int8_t>(out[k][r] | (planes[p * block_rows + r] >> k & 1) << p);
+    const std::int8_t zero_code = static_cast<std::int8_t>(w.zero);
+    if (zero_code != 0)
+        for (int k = 0; k < 8; ++k)
+            for (std::size_t r = 0; r < block_rows; ++r) out[k][r] = static_cast<std::int8_t>(out[k][r] - zero_code);
+}
+
+// [units][column pairs][unit][2]
+static void panel(const Integers &w, std::size_t b, std::size_t first, std::size_t last, std::int16_t *out) {
+    const std::size_t pairs = (last - first) / 2;
+    if (w.bits == 8) {
+        const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(w.block(b)) + first * block_rows;
+        for (std::size_t k = 0; k < pairs; ++k)
+            for (std::size_t u = 0; u < units; ++u)
+                for (std::size_t half = 0; half < 2; ++half)
+                    store(out + (u * pairs + k) * 2 * unit + half * unit, widen(codes + k * 2 * block_rows + (2 * u + half) * unit));
+        return;
+    }
+    alignas(64) std::int8_t codes[8][block_rows];
+    for (std::size_t c = 0; c < (last - first) / 8; ++c) {
+        unpack(w, w.block(b) + (first / 8 + c) * w.bits * block_rows, codes);
+        for (std::size_t u = 0; u < units; ++u)
+            for (std::size_t k = 0; k < 4; ++k) {
+                std::int16_t *pair = out + (u * pairs + 4 * c + k) * 2 * unit;
+                for (std::size_t r = 0; r < unit; ++r) {
+                    pair[2 * r] = codes[2 * k][u * unit + r];
+                    pair[2 * r + 1] = codes[2 * k + 1][u * unit + r];
+                }
+            }
+    }
+}
+
+template <std::size_t R>
+PENNYWEIGHT_INLINE void tile(const std::int16_t *panel, std::size_t pairs, const std::int16_t *q, std::size_t stride, std::uint32_t *acc) {
+    V sum[R][2];
+    for (std::size_t r = 0; r < R; ++r)
+        for (int half = 0; half < 2; ++half) sum[r][half] = load(acc + r * block_rows + half * lanes);
+    for (std::size_t k = 0; k < pairs; ++k, panel += 2 * unit) {
+        const V w0 = load(panel), w1 = load(panel + unit);
+        for (std::size_t r = 0; r < R; ++r) {
+            const V x = broadcast32(q + r * stride + 2 * k);
+            sum[r][0] = multiply(sum[r][0], w0, x);
+            sum[r][1] = multiply(sum[r][1], w1, x);
+        }
+    }
+    for (std::size_t r = 0; r < R; ++r)
+        for (int half = 0; half < 2; ++half) store(acc + r * block_rows + half * lanes, sum[r][half]);
+}
+
+static void multiply(const std::int16_t *panel, std::size_t pairs, const std::int16_t *q, std::size_t stride, std::size_t rows, std::uint32_t *acc) {
+    for (std::size_t u = 0; u < units; ++u) {
+        const std::int16_t *part = panel + u * pairs * 2 * unit;
+        std::size_t m = 0;
+        for (; m + tile_rows <= rows; m += tile_rows) tile<tile_rows>(part, pairs, q + m * stride, stride, acc + m * block_rows + u * unit);
+        for (; m + 3 <= rows; m += 3) tile<3>(part, pairs, q + m * stride, stride, acc + m * block_rows + u * unit);
+        for (; m < rows; ++m) tile<1>(part, pairs, q + m * stride, stride, acc + m * block_rows + u * unit);
+    }
+}
+
+static void flush(const float *scale, const float *minimum, std::uint32_t zero_sum, float total, const std::uint32_t *acc, float *y) {
+    for (std::size_t r = 0; r < block_rows; ++r)
+        y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>(acc[r] - zero_sum));
+    if (minimum != nullptr)
+        for (std::size_t r = 0; r < block_rows; ++r) y[r] += minimum[r] * total;
+}
+
+static void decode(const Integers &w, std::size_t b, std::size_t first, std::size_t last, float *out, std::size_t stride) {
+    const std::size_t groups = w.groups(), padded = w.padded();
+    alignas(64) std::int8_t codes[8][block_rows];
+    alignas(64) float values[block_rows][8];
+    for (std::size_t k0 = 0; k0 < padded; k0 += 8) {
+        if (w.bits == 8) {
+            const std::int8_t *bytes = reinterpret_cast<const std::int8_t *>(w.block(b)) + k0 * block_rows;
+            for (std::size_t k = 0; k < 8; ++k)
+                for (std::size_t r = 0; r < block_rows; ++r) codes[k][r] = bytes[k / 2 * 2 * block_rows + 2 * r + k % 2];
+        } else {
+            unpack(w, w.block(b) + k0 * block_rows * w.bits / 8, codes);
+        }
+        const std::size_t at = (b * groups + k0 / w.group) * block_rows, count = smaller(8, w.cols - k0);
+        for (std::size_t r = 0; r < block_rows; ++r)
+            for (std::size_t k = 0; k < 8; ++k) values[r][k] = static_cast<float>(codes[k][r]) * w.scale[at + r];
+        for (std::size_t r = first; r < last; ++r) {
+            float *row = out + (r - first) * stride + k0;
+            for (std::size_t k = 0; k < count; ++k) {
+                float value = values[r][k];
+                if (w.column_scale != nullptr) value *= w.column_scale[k0 + k];
+                if (w.minimum != nullptr) value += w.minimum[at + r];
+                if (w.column_offset != nullptr) value += w.column_offset[k0 + k];
+                row[k] = value;
+            }
+        }
+    }
+    if (w.escape_start == nullptr) return;
+    for (std::int32_t e = w.escape_start[b]; e < w.escape_start[b + 1]; ++e) {
+        const std::size_t r = static_cast<std::size_t>(w.escape_row[e]), k = static_cast<std::size_t>(w.escape_column[e]);
+        if (r < first || r >= last) continue;
+        const std::int8_t *bytes = reinterpret_cast<const std::int8_t *>(w.block(b));
+        const std::int32_t code = bytes[k / 2 * 2 * block_rows + 2 * r + k % 2] + w.escape_extra[e];
+        const std::size_t at = (b * groups + k / w.group) * block_rows + r;
+        float value = static_cast<float>(code) * w.scale[at];
+        if (w.column_scale != nullptr) value *= w.column_scale[k];
+        if (w.minimum != nullptr) value += w.minimum[at];
+        if (w.column_offset != nullptr) value += w.column_offset[k];
+        out[(r - first) * stride + k] = value;
+    }
+}
+
+constexpr IntegerKernels integer_kernels = {quantise, tables, look_up, dot_bytes, panel, multiply, flush, decode};
+
+}  // namespace
+}  // namespace pennyweight

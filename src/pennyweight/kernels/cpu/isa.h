@@ -1,0 +1,17 @@
+#pragma once
+#include "cpu.h"
+#include "integer.h"
+
+namespace pennyweight {
+
+struct Kernels {
+    IntegerKernels integer;
+};
+
+// Those of the instruction set in use. Throws std::runtime_error if PENNYWEIGHT_ISA names what is not there.
+const Kernels &kernels();
+
+// From now on, those of this one, which must be among `available()`; for tests and measurements.
+void use(Isa isa);
+
+}  // namespace pennyweight
