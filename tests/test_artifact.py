@@ -35,7 +35,7 @@ sys.path.insert(0, {tests!r})
 import pennyweight.artifact as artifact
 for name, memory in {cases!r}:
     torch.manual_seed(99)
-    model = artifact.load(name, "zoo:make_zoo", memory=memory)
+    model = artifact.load(name, "zoo:make_zoo", memory=memory, activation_bits=32)
     torch.save(model(torch.tensor({index!r})), name + ".out")
     artifact.save(model, name + ".again")
 """
@@ -119,7 +119,7 @@ def test_untied_target_and_memory(tmp_path):
     other = make_zoo()
     other.head.weight = nn.Parameter(torch.zeros(23, 10))
     other.head_again.bias = nn.Parameter(torch.zeros(23))
-    loaded = load(tmp_path / "out", other, memory="low")
+    loaded = load(tmp_path / "out", other, memory="low", activation_bits=32)
     torch.testing.assert_close(loaded(INDEX), model(INDEX), rtol=0, atol=0)
     assert next(iter(packed_blobs(loaded))) == ("embedding.weight", "head.weight")
     assert loaded.gru.weight_hh_l0_decoded.numel() == 0

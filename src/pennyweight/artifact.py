@@ -42,7 +42,8 @@ from .checkpoints import PICKLE_SUFFIXES, WEIGHTS, load_checkpoint, refuse_pickl
 from .errors import ArtifactError
 from .formats import PackedWeight, from_bytes
 from .layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
-from .layers.packed import Memory, install_blobs, packed_blobs
+from .kernels.integer import ActivationBits
+from .layers.packed import Memory, arrange, install_blobs, packed_blobs
 from .layers.sites import weight_sites
 
 __all__ = [
@@ -192,17 +193,20 @@ def load(
     model: nn.Module | Callable[[], nn.Module] | str | None = None,
     memory: Memory = "fast",
     device: torch.device | str | None = None,
+    activation_bits: ActivationBits = 16,
 ) -> nn.Module:
     """Load a saved model, in eval mode.
 
     model: the unpacked model to fill (its weights are replaced in place; after an error it must not be used), a
     function or class that makes it, "module:factory", or None for a transformers model named by config.json.
-    memory: "fast" keeps decoded weights after their first use, "low" keeps only packed bytes.
+    memory: "fast" keeps decoded weights after their first use; "low" never holds more than one layer's, and multiplies
+    what is packed, with each row of inputs quantised to activation_bits: 16 (about 1e-5 off), 8 or 32 (not at all).
     Raises ArtifactError if the files are missing, damaged, of a newer version or do not fit the model.
     """
     artifact = read_artifact(directory)
     filled = _make_model(model, artifact.config, Path(directory))
-    fill(filled, artifact, memory)
+    fill(filled, artifact, memory, activation_bits)
+    arrange(filled)
     return filled.to(device).eval()
 
 
@@ -229,7 +233,9 @@ def _factory(reference: str) -> Callable[[], nn.Module]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, artifact: Artifact, memory: Memory = "fast") -> None:
+def fill(
+    model: nn.Module, artifact: Artifact, memory: Memory = "fast", activation_bits: ActivationBits = 16
+) -> None:
     """Put an artifact's content into an unpacked model of the same architecture, in place.
 
     Raises ArtifactError naming the first tensor that the model lacks, has in excess or has in another shape.
@@ -266,7 +272,7 @@ def fill(model: nn.Module, artifact: Artifact, memory: Memory = "fast") -> None:
             packed[alias] = packed[name]
         elif state[alias] is not state[name]:
             state[alias].copy_(artifact.rest[name])
-    install_blobs(model, packed, memory)
+    install_blobs(model, packed, memory, activation_bits)
 
 
 def _restore_structure(model: nn.Module, artifact: Artifact) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArtifactError, WeightError
+from ..kernels.integer import ActivationBits
 
 MAX_SIDE = (1 << 31) - 1  # rows and columns: what a 32-bit index reaches
 MAX_DEPTH = 8  # nested blobs (lowrank, split)
@@ -99,6 +100,7 @@ class PackedWeight(ABC):
 
     format: ClassVar[str]
     shape: tuple[int, int]
+    runs: bool = False  # whether this came from `for_running`
     _blob: bytes | None = None
 
     @abstractmethod
@@ -120,6 +122,16 @@ class PackedWeight(ABC):
             write_blob(self, writer)
             self._blob = bytes(writer.data)
         return self._blob
+
+    def for_running(self, activation_bits: ActivationBits = 16) -> PackedWeight:
+        """What does the same and multiplies fast, without ever holding the decoded matrix where that can be had.
+
+        activation_bits: to how many bits the inputs of `linear` are quantised, row by row; 32 does not quantise.
+        The result has no bytes of its own.
+        """
+        running = copy.copy(self)
+        running.runs, running._blob = True, None
+        return running
 
     @property
     def nbytes(self) -> int:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightError
+from ..kernels.integer import ActivationBits, IntegerMatrix
 from ..registry import register
 from .base import PackedWeight, Reader, Writer, check_matrix, check_options, check_size, format_id
 from .codes import CodeMatrix
 from .groups import check_group, combine, group_count, grouped
+from .running import RunningIntegers
 from .scales import Float16Values, Log8Values, ScaleCoding, Values, store
 
 LOG8 = 1  # option bit
@@ -60,6 +62,10 @@ class Binary(PackedWeight):
 
     def rows(self, index: Tensor) -> Tensor:
         return self._values(self.signs.take(index), self.scale.take(index))
+
+    def for_running(self, activation_bits: ActivationBits = 16) -> PackedWeight:
+        matrix = IntegerMatrix.of(self.signs.all(), self.scale.all(), self.group, factor=2, zero=1)
+        return super().for_running() if matrix is None else RunningIntegers(matrix, activation_bits)
 
     def _values(self, signs: Tensor, scale: Tensor) -> Tensor:
         return combine(torch.Tensor.mul_, signs.to(torch.float32).mul_(2).sub_(1), scale, self.group)

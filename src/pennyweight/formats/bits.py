@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import _cpu
+
 
 def packed_size(count: int, bits: int) -> int:
     """Bytes that `count` codes of `bits` bits fill."""
@@ -65,6 +67,17 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
             code |= source[..., k] << (8 * (k - byte) - shift)
         out[..., j] = code & ((1 << bits) - 1)
     return out.flatten(-2)[..., :n]
+
+
+def unpack_rows(packed: Tensor, bits: int, n: int, index: Tensor) -> Tensor:
+    """The codes [*index.shape, n] of the rows `index` of packed [rows, packed_size(n, bits)]; compiled on the CPU."""
+    if _cpu is None or packed.device.type != "cpu" or bits in (0, 8) or not packed.shape[0]:
+        return unpack(packed[index], bits, n)
+    out = torch.empty(index.numel(), n, dtype=code_dtype(bits))
+    if out.numel():
+        rows = torch.where(index < 0, index + packed.shape[0], index).flatten()  # torch counts from the end, too
+        _cpu.unpack_rows(packed.contiguous().numpy(), bits, n, rows.numpy(), out.numpy(), torch.get_num_threads())
+    return out.view(*index.shape, n)
 
 
 def gather(packed: Tensor, bits: int, index: Tensor) -> Tensor:

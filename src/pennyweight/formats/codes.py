@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import Reader, Writer
-from .bits import pack, packed_size, unpack
+from .bits import pack, packed_size, unpack, unpack_rows
 from .entropy import read_symbols, write_symbols
 
 #: Rows packed or unpacked at once, which bounds the working memory.
@@ -44,11 +44,11 @@ class CodeMatrix:
 
     def all(self) -> Tensor:
         """The codes [rows, cols], uint8 up to 8 bits, else int32. Not to be changed in place."""
-        return unpack(self.packed, self.bits, self.cols)
+        return unpack_rows(self.packed, self.bits, self.cols, torch.arange(self.rows, device=self.packed.device))
 
     def take(self, index: Tensor) -> Tensor:
         """The codes [*index.shape, cols] of the rows `index`."""
-        return unpack(self.packed[index], self.bits, self.cols)
+        return unpack_rows(self.packed, self.bits, self.cols, index)
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.packed.to(device), self.cols, self.bits)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, WeightError
+from ..kernels.integer import ActivationBits, IntegerMatrix
 from ..registry import register
 from .base import PackedWeight, Reader, Writer, check_matrix, check_size, format_id
 from .codes import CodeMatrix
 from .groups import check_group, combine, group_count, grouped
+from .running import RunningIntegers
 from .scales import Float16Values, Log8Values, ScaleCoding, Values, read_halves, round_values, store, write_halves
 
 _CHUNK_ROWS = 4096  # rows decoded at once, which bounds the working memory
@@ -146,6 +148,20 @@ class Integer(PackedWeight):
     def rows(self, index: Tensor) -> Tensor:
         minimum = None if self.minimum is None else self.minimum.take(index)
         return self._values(self.codes.take(index), self.scale.take(index), minimum)
+
+    def for_running(self, activation_bits: ActivationBits = 16) -> PackedWeight:
+        if self.centroids is not None:
+            return super().for_running()
+        matrix = IntegerMatrix.of(
+            self.codes.all(),
+            self.scale.all(),
+            self.group,
+            zero=0 if self.minimum is not None else 1 << self.bits - 1,
+            minimum=None if self.minimum is None else self.minimum.all(),
+            column_scale=None if self.column_scale is None else self.column_scale.all(),
+            column_offset=None if self.column_offset is None else self.column_offset.all(),
+        )
+        return super().for_running() if matrix is None else RunningIntegers(matrix, activation_bits)
 
     def _values(self, codes: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
         if self.centroids is not None:

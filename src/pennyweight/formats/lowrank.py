@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from ..errors import ArtifactError, WeightError
+from ..kernels.integer import ActivationBits
 from ..registry import register
 from .base import PackedWeight, Reader, Writer, check_options, format_id, read_nested, write_nested
 
@@ -48,6 +49,12 @@ class LowRank(PackedWeight):
         """Two thin products instead of one wide one: rank * (rows + cols) multiplications a vector."""
         y = self.left.linear(self.right.linear(x))
         return y if bias is None else y + bias
+
+    def for_running(self, activation_bits: ActivationBits = 16) -> PackedWeight:
+        running = super().for_running()
+        assert isinstance(running, LowRank)
+        running.left, running.right = (part.for_running(activation_bits) for part in (self.left, self.right))
+        return running
 
     def _write(self, writer: Writer) -> int:
         write_nested(self.left, writer)

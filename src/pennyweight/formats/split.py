@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, WeightError
+from ..kernels.integer import ActivationBits
 from ..registry import register
 from .base import PackedWeight, Reader, Writer, check_options, format_id, read_nested, write_nested
 from .codes import CodeMatrix
@@ -59,6 +60,19 @@ class Split(PackedWeight):
         out[~in_second] = self.first.rows(place[~in_second])
         out[in_second] = self.second.rows(place[in_second])
         return out
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        flags = self.second_rows.all()[0].bool()
+        y = x.new_empty(*x.shape[:-1], self.shape[0])
+        y[..., ~flags] = self.first.linear(x)
+        y[..., flags] = self.second.linear(x)
+        return y if bias is None else y + bias
+
+    def for_running(self, activation_bits: ActivationBits = 16) -> PackedWeight:
+        running = super().for_running()
+        assert isinstance(running, Split)
+        running.first, running.second = (part.for_running(activation_bits) for part in (self.first, self.second))
+        return running
 
     def _write(self, writer: Writer) -> int:
         self.second_rows.write(writer)

@@ -34,7 +34,7 @@ def feedback_block(work: Tensor, upper: Tensor, row: Tensor, column: Tensor) -> 
     [rows, width], (value - code * grid) / U_jj, by which later blocks are to be corrected.
     """
     if _cpu is None:
-        _tell_once()
+        tell_once()
         return feedback_block_reference(work, upper, row, column)
     codes = torch.empty(work.shape, dtype=torch.int16)
     errors = torch.empty(work.shape)
@@ -60,10 +60,11 @@ def feedback_block_reference(work: Tensor, upper: Tensor, row: Tensor, column: T
     return codes.T.contiguous(), errors.T.contiguous()
 
 
-def _tell_once() -> None:
+def tell_once() -> None:
+    """Warn, the first time, that the compiled kernels are missing."""
     global _told
     if not _told:
         _told = True
         warn(
-            "the compiled kernels are missing (install pennyweight with a C++ compiler present): calibration is slower"
+            "the compiled kernels are missing (install pennyweight with a C++ compiler present): calibration and packed layers are slower"
         )

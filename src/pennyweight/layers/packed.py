@@ -10,8 +10,10 @@ which serves every kind of layer, those included whose weight is read by somebod
 heads). Two layers know better than to decode first: an embedding looks up rows, and a Linear that must save memory
 hands its input to the format.
 
-memory "fast" keeps the decoded weight after its first use, in the dtype and on the device of the module; "low" drops it
-when the forward ends. Blobs stay on the CPU, where they are decoded, wherever the module goes.
+memory "fast" keeps the decoded weight after its first use, in the dtype and on the device of the module. "low" never
+holds more than a layer's: a Linear multiplies what is packed (kernels/integer.py, with its inputs quantised row by row
+to `activation_bits`), other layers decode and drop the weight when their forward ends. Blobs stay on the CPU, where
+they are decoded, wherever the module goes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, UnknownNameError, WeightError
 from ..formats import PackedWeight, from_bytes
+from ..kernels.integer import ActivationBits
 from .sites import MatrixView, weight_sites
 
 Memory = Literal["fast", "low"]
@@ -40,6 +43,7 @@ class PackedModule(nn.Module):
     _packed_views: dict[str, MatrixView]  # attribute -> how its matrix becomes the parameter
     _packed_parsed: dict[str, PackedWeight]  # blobs in the form that decodes fast, as long as that may happen again
     _packed_memory: Memory
+    _packed_activation_bits: ActivationBits
     _packed_running: bool = False  # inside a forward with low memory, which may read a weight several times
     _packed_decodes_once: ClassVar[bool] = (
         True  # whether with fast memory a decoded weight needs its parsed form no more
@@ -146,7 +150,14 @@ class PackedLinear(PackedModule):
     def forward(self, input: Tensor) -> Tensor:
         if self._packed_memory == "fast":
             return super().forward(input)
-        return self.packed_weight("weight").linear(input, self.bias)
+        return self.running_weight().linear(input, self.bias)
+
+    def running_weight(self) -> PackedWeight:
+        """The weight as it multiplies; it replaces the stored form, which the blob can always give again."""
+        packed = self._packed_parsed.get("weight")
+        if packed is None or not packed.runs:
+            packed = self._packed_parsed["weight"] = self.packed_weight("weight").for_running(self._packed_activation_bits)
+        return packed
 
 
 class _RowLookup(PackedModule):
@@ -227,7 +238,12 @@ class PackedRecurrent(PackedModule):
 # ------------------------------------------------------------------------------------------------------- installation
 
 
-def install(model: nn.Module, packed: Mapping[str, PackedWeight], memory: Memory = "fast") -> nn.Module:
+def install(
+    model: nn.Module,
+    packed: Mapping[str, PackedWeight],
+    memory: Memory = "fast",
+    activation_bits: ActivationBits = 16,
+) -> nn.Module:
     """Replace weights by packed ones, in place, and return the model.
 
     packed: name of a weight site, or of an already packed weight -> packed weight of its matrix shape. Tied weights
@@ -236,15 +252,17 @@ def install(model: nn.Module, packed: Mapping[str, PackedWeight], memory: Memory
     as it was.
     """
     blobs = {id(weight): weight.to_bytes() for weight in packed.values()}
-    return install_blobs(model, {name: (weight, blobs[id(weight)]) for name, weight in packed.items()}, memory)
+    return install_blobs(model, {name: (weight, blobs[id(weight)]) for name, weight in packed.items()}, memory, activation_bits)
 
 
 def install_blobs(
-    model: nn.Module, packed: Mapping[str, tuple[PackedWeight, bytes]], memory: Memory = "fast"
+    model: nn.Module,
+    packed: Mapping[str, tuple[PackedWeight, bytes]],
+    memory: Memory = "fast",
+    activation_bits: ActivationBits = 16,
 ) -> nn.Module:
     """`install` for packed weights whose bytes are at hand."""
-    if memory not in ("fast", "low"):
-        raise ValueError(f"memory must be 'fast' or 'low', not {memory!r}")
+    check_memory(memory, activation_bits)
     places = {name: place for place in _places(model) for name in place.names}
     for name, (weight, _) in packed.items():
         if name not in places:
@@ -258,17 +276,39 @@ def install_blobs(
             blobs[id(weight)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         place = places[name]
         for module, attribute in place.holders:
-            twin = _make_packed(module, attribute, place.view, memory)
+            twin = _make_packed(module, attribute, place.view)
+            twin._packed_memory, twin._packed_activation_bits = memory, activation_bits
             twin._set_packed(attribute, weight, blobs[id(weight)], place.view, place.like)
     return model
 
 
-def set_memory(model: nn.Module, memory: Memory) -> None:
-    """Change what packed layers keep in memory; see the module docstring."""
+def set_memory(model: nn.Module, memory: Memory, activation_bits: ActivationBits = 16) -> None:
+    """Change what packed layers keep in memory; see the module docstring.
+
+    Raises ValueError for a memory other than "fast" and "low" and activation bits other than 8, 16 and 32.
+    """
+    check_memory(memory, activation_bits)
     for module in model.modules():
         if isinstance(module, PackedModule):
             module._packed_memory = memory
+            module._packed_activation_bits = activation_bits
             module._forget_decoded()
+            module._packed_parsed.clear()
+
+
+def check_memory(memory: Memory, activation_bits: ActivationBits) -> None:
+    """Raise ValueError unless these are ways in which packed layers can run."""
+    if memory not in ("fast", "low"):
+        raise ValueError(f"memory must be 'fast' or 'low', not {memory!r}")
+    if activation_bits not in (8, 16, 32):
+        raise ValueError(f"activation_bits must be 8, 16 or 32, not {activation_bits!r}")
+
+
+def arrange(model: nn.Module) -> None:
+    """Have the packed layers that multiply make ready for it now, rather than when they first run."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and module._packed_memory == "low":
+            module.running_weight()
 
 
 def free_decoded(model: nn.Module) -> None:
@@ -326,13 +366,13 @@ def _places(model: nn.Module) -> list[_Place]:
     return list(by_tensor.values())
 
 
-def _make_packed(module: nn.Module, attribute: str, view: MatrixView, memory: Memory) -> PackedModule:
+def _make_packed(module: nn.Module, attribute: str, view: MatrixView) -> PackedModule:
     """Change the class of a module to the packed twin that has this attribute packed, too."""
     if isinstance(module, PackedModule):
         original, views, parsed = module._packed_original, module._packed_views, module._packed_parsed
     else:
         original, views, parsed = type(module), {}, {}
-    vars(module).update(_packed_views=views, _packed_parsed=parsed, _packed_memory=memory)
+    vars(module).update(_packed_views=views, _packed_parsed=parsed)
     module.__class__ = _twin(original, tuple(sorted({*views, attribute})), view.order == "rows first")
     twin = cast(PackedModule, module)
     if isinstance(twin, PackedRecurrent):

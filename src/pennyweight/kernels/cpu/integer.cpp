@@ -25,6 +25,7 @@ public:
         thread_local std::vector<std::uint32_t> acc;
         thread_local std::vector<float> out;
         const std::size_t n = last - first;
+        const bool as_stored = tables_ != nullptr || w_.bits == 8;  // what a panel has is factor * stored - zero
         acc.assign(n * block_rows, 0);
         out.assign(n * block_rows, 0.0f);
         for (std::size_t g = 0; g < a_.groups; ++g) {
@@ -34,7 +35,8 @@ public:
             for (std::size_t m = 0; m < n; ++m) {
                 const std::size_t sum = (first + m) * a_.groups + g;
                 k_.flush(w_.scale + at, w_.minimum == nullptr ? nullptr : w_.minimum + at,
-                         zero_in_codes() ? static_cast<std::uint32_t>(w_.zero) * a_.sum[sum] : 0,
+                         as_stored ? static_cast<std::uint32_t>(w_.factor) : 1,
+                         as_stored ? static_cast<std::uint32_t>(w_.zero) * a_.sum[sum] : 0,
                          // totals are in units of x, all else in units of the row's step
                          w_.minimum == nullptr || a_.step[first + m] == 0.0f ? 0.0f : a_.total[sum] / a_.step[first + m],
                          acc.data() + m * block_rows, out.data() + m * block_rows);
@@ -54,9 +56,6 @@ public:
     }
 
 private:
-    // Looking up takes the codes as they are stored, a panel has the zero taken off.
-    bool zero_in_codes() const { return tables_ != nullptr; }
-
     void accumulate(std::size_t b, std::size_t begin, std::size_t end, std::size_t first, std::size_t last, std::uint32_t *acc) const {
         if (tables_ != nullptr) {
             const std::size_t table_bytes = w_.padded() * 8;
@@ -156,6 +155,38 @@ void integer_arrange(const std::int16_t *codes, const Integers &w, std::uint8_t 
                 for (std::size_t p = 0; p < w.bits; ++p)
                     block[(k / 8 * w.bits + p) * block_rows + r] |= static_cast<std::uint8_t>((row[k] >> p & 1) << k % 8);
             }
+        }
+    });
+}
+
+namespace {
+
+template <typename T>
+void unpack_row(const std::uint8_t *packed, std::size_t size, std::size_t bits, std::size_t cols, T *out) {
+    const std::uint32_t mask = (1u << bits) - 1;
+    for (std::size_t k = 0; k < cols; k += 8, packed += bits, size -= std::min(size, bits)) {  // eight codes fill `bits` bytes
+        std::uint64_t half[2] = {0, 0};
+        std::memcpy(half, packed, std::min(size, bits));
+        for (std::size_t i = 0; i < std::min<std::size_t>(8, cols - k); ++i) {
+            const std::size_t at = i * bits, word = at / 64, shift = at % 64;
+            std::uint64_t value = half[word] >> shift;
+            if (shift + bits > 64) value |= half[1] << (64 - shift);
+            out[k + i] = static_cast<T>(value & mask);
+        }
+    }
+}
+
+}  // namespace
+
+void unpack_rows(const std::uint8_t *packed, std::size_t size, std::size_t bits, std::size_t cols, const std::int64_t *index, std::size_t count, void *out, unsigned threads) {
+    const std::size_t share = std::max<std::size_t>(1, 65536 / std::max<std::size_t>(cols, 1));
+    parallel_for((count + share - 1) / share, threads, [&](std::size_t i) {
+        for (std::size_t r = i * share; r < std::min(count, (i + 1) * share); ++r) {
+            const std::uint8_t *row = packed + static_cast<std::size_t>(index[r]) * size;
+            if (bits <= 8)
+                unpack_row(row, size, bits, cols, static_cast<std::uint8_t *>(out) + r * cols);
+            else
+                unpack_row(row, size, bits, cols, static_cast<std::int32_t *>(out) + r * cols);
         }
     });
 }

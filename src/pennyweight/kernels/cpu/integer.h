@@ -12,12 +12,13 @@ constexpr std::size_t span = 32;        // column bytes (8 columns each) whose s
 // Rows come in blocks of 64, the last one filled up with zeros; columns are filled up to a multiple of 8.
 //     bits 1..4   planes   [blocks][cols / 8][bits][64] bytes: bit i of a byte is column 8c + i of that plane and row
 //     bits 8      bytes    [blocks][cols / 2][64][2] signed bytes
+// What is stored means factor * stored - zero, times the scale.
 // scale, minimum: [blocks][groups][64]. A group has `group` columns, a multiple of 8; the last one may be shorter.
-// Escapes are what codes leave out, code = byte + extra, sorted by block: those of block b are start[b] .. start[b+1]-1.
+// Escapes are what bytes cannot hold, to be added to factor * stored - zero, sorted by block: those of block b are start[b] .. start[b+1]-1.
 struct Integers {
     const std::uint8_t *codes;
     std::size_t rows, cols, bits, group;
-    std::int32_t zero;
+    std::int32_t factor, zero;
     const float *scale, *minimum, *column_scale, *column_offset;  // all but scale may be null
     const std::int32_t *escape_start, *escape_row, *escape_column, *escape_extra;
 
@@ -49,24 +50,28 @@ struct IntegerKernels {
     void (*look_up)(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, std::uint32_t *acc);
     // acc += bytes . q for one row of q, column pairs first .. last-1
     void (*dot_bytes)(const std::uint8_t *block, std::size_t first, std::size_t last, const std::int16_t *q, std::uint32_t *acc);
-    // (code - zero) of a block's columns first .. last-1 (multiples of 8), arranged for `multiply`
+    // factor * stored - zero of a block's columns first .. last-1 (multiples of 8), arranged for `multiply`
     void (*panel)(const Integers &, std::size_t block, std::size_t first, std::size_t last, std::int16_t *out);
     // acc += panel . q for `rows` rows of q; pairs: of columns
     void (*multiply)(const std::int16_t *panel, std::size_t pairs, const std::int16_t *q, std::size_t stride, std::size_t rows, std::uint32_t *acc);
-    // y[64] += scale[64] * (acc[64] - zero * sum), and + minimum[64] * total
-    void (*flush)(const float *scale, const float *minimum, std::uint32_t zero_sum, float total, const std::uint32_t *acc, float *y);
+    // y[64] += scale[64] * (factor * acc[64] - zero_sum), and + minimum[64] * total
+    void (*flush)(const float *scale, const float *minimum, std::uint32_t factor, std::uint32_t zero_sum, float total, const std::uint32_t *acc, float *y);
     // The values of rows first .. last-1 of a block, float32 [last - first][cols], rows `stride` apart.
     void (*decode)(const Integers &, std::size_t block, std::size_t first, std::size_t last, float *out, std::size_t stride);
 };
 
-// y [n][rows] = x [n][cols] W^T + bias. activation_bits: 8 or 16. limit: most that sum |code - zero| over a group
+// y [n][rows] = x [n][cols] W^T + bias. activation_bits: 8 or 16. limit: most that sum |factor * stored - zero| over a group
 // comes to, which bounds the whole numbers x is quantised to.
 void integer_linear(const Integers &, const float *x, std::size_t n, const float *bias, float *y, int activation_bits, double limit, unsigned threads);
 
 // The decoded rows first .. last-1, float32 [last - first][cols].
 void integer_decode(const Integers &, std::size_t first, std::size_t last, float *out, unsigned threads);
 
-// Arranges codes [rows][cols] - zero included, so bits 1..4 take 0 .. 2^bits - 1 and 8 bits take signed bytes - as above.
+// Arranges codes [rows][cols] as above: 0 .. 2^bits - 1 for planes, signed bytes for 8 bits.
 void integer_arrange(const std::int16_t *codes, const Integers &shape, std::uint8_t *out, unsigned threads);
+
+// Codes of 1..16 bits, packed without gaps from the start of each row, least significant bit first (formats/bits.py):
+// rows `index` [count] of packed [..][size] -> out [count][cols], uint8 up to 8 bits and int32 above.
+void unpack_rows(const std::uint8_t *packed, std::size_t size, std::size_t bits, std::size_t cols, const std::int64_t *index, std::size_t count, void *out, unsigned threads);
 
 }  // namespace pennyweight

@@ -132,42 +132,45 @@ static void dot_bytes(const std::uint8_t *block, std::size_t first, std::size_t 
     for (std::size_t v = 0; v < all; ++v) store(acc + v * lanes, sum[v]);
 }
 
-// code - zero of eight columns: [8][64]
-static void unpack(const Integers &w, const std::uint8_t *planes, std::int8_t (*out)[block_rows]) {
-    for (int k = 0; k < 8; ++k)
-        for (std::size_t r = 0; r < block_rows; ++r) out[k][r] = static_cast<std::int8_t>(planes[r] >> k & 1);
-    for (std::size_t p = 1; p < w.bits; ++p)
-        for (int k = 0; k < 8; ++k)
-            for (std::size_t r = 0; r < block_rows; ++r)
-                out[k][r] = static_cast<std::int8_t>(out[k][r] | (planes[p * block_rows + r] >> k & 1) << p);
-    const std::int8_t zero_code = static_cast<std::int8_t>(w.zero);
-    if (zero_code != 0)
-        for (int k = 0; k < 8; ++k)
-            for (std::size_t r = 0; r < block_rows; ++r) out[k][r] = static_cast<std::int8_t>(out[k][r] - zero_code);
+// Planes of column bytes first .. last-1 as bytes, factor * stored - zero: [column pairs][64][2], the arrangement of 8 bits.
+static void unpack(const std::uint8_t *planes, std::size_t bits, std::int32_t factor, std::int32_t zero_code, std::size_t first, std::size_t last, std::uint8_t *out) {
+    const V shift = all8(-zero_code);
+    for (std::size_t c = first; c < last; ++c, out += 8 * block_rows)
+        for (std::size_t v = 0; v < vectors; ++v) {
+            V plane[4];
+            for (std::size_t p = 0; p < bits; ++p) plane[p] = load(planes + (c * bits + p) * block_rows + v * width);
+            for (int pair = 0; pair < 4; ++pair) {
+                V code[2];
+                for (int i = 0; i < 2; ++i) {
+                    code[i] = bit(plane[0], 2 * pair + i);
+                    for (std::size_t p = 1; p < bits; ++p) code[i] = or_shifted(code[i], bit(plane[p], 2 * pair + i), static_cast<int>(p));
+                    if (factor == 2) code[i] = add8(code[i], code[i]);
+                    code[i] = add8(code[i], shift);
+                }
+                std::uint8_t *to = out + (static_cast<std::size_t>(pair) * block_rows + v * width) * 2;
+                store_interleaved(reinterpret_cast<std::int16_t *>(to), interleave_low(code[0], code[1]), interleave_high(code[0], code[1]));
+            }
+        }
 }
 
 // [units][column pairs][unit][2]
 static void panel(const Integers &w, std::size_t b, std::size_t first, std::size_t last, std::int16_t *out) {
+    constexpr std::size_t some = 32;  // columns unpacked at once
+    alignas(64) std::uint8_t unpacked[some * block_rows];
     const std::size_t pairs = (last - first) / 2;
-    if (w.bits == 8) {
-        const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(w.block(b)) + first * block_rows;
-        for (std::size_t k = 0; k < pairs; ++k)
-            for (std::size_t u = 0; u < units; ++u)
-                for (std::size_t half = 0; half < 2; ++half)
-                    store(out + (u * pairs + k) * 2 * unit + half * unit, widen(codes + k * 2 * block_rows + (2 * u + half) * unit));
-        return;
-    }
-    alignas(64) std::int8_t codes[8][block_rows];
-    for (std::size_t c = 0; c < (last - first) / 8; ++c) {
-        unpack(w, w.block(b) + (first / 8 + c) * w.bits * block_rows, codes);
+    for (std::size_t k0 = first; k0 < last; k0 += some) {
+        const std::size_t k1 = smaller(last, k0 + some);
+        const std::uint8_t *bytes = w.block(b) + k0 * block_rows;
+        if (w.bits < 8) {
+            unpack(w.block(b), w.bits, w.factor, w.zero, k0 / 8, k1 / 8, unpacked);
+            bytes = unpacked;
+        }
+        const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(bytes);
         for (std::size_t u = 0; u < units; ++u)
-            for (std::size_t k = 0; k < 4; ++k) {
-                std::int16_t *pair = out + (u * pairs + 4 * c + k) * 2 * unit;
-                for (std::size_t r = 0; r < unit; ++r) {
-                    pair[2 * r] = codes[2 * k][u * unit + r];
-                    pair[2 * r + 1] = codes[2 * k + 1][u * unit + r];
-                }
-            }
+            for (std::size_t k = 0; k < (k1 - k0) / 2; ++k)
+                for (std::size_t half = 0; half < 2; ++half)
+                    store(out + (u * pairs + (k0 - first) / 2 + k) * 2 * unit + half * unit,
+                          widen(codes + k * 2 * block_rows + (2 * u + half) * unit));
     }
 }
 
@@ -198,32 +201,47 @@ static void multiply(const std::int16_t *panel, std::size_t pairs, const std::in
     }
 }
 
-static void flush(const float *scale, const float *minimum, std::uint32_t zero_sum, float total, const std::uint32_t *acc, float *y) {
+static void flush(const float *scale, const float *minimum, std::uint32_t factor, std::uint32_t zero_sum, float total, const std::uint32_t *acc, float *y) {
     for (std::size_t r = 0; r < block_rows; ++r)
-        y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>(acc[r] - zero_sum));
+        y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>(factor * acc[r] - zero_sum));
     if (minimum != nullptr)
         for (std::size_t r = 0; r < block_rows; ++r) y[r] += minimum[r] * total;
 }
 
+PENNYWEIGHT_INLINE std::int32_t byte_at(const Integers &w, std::size_t b, std::size_t r, std::size_t k) {
+    return static_cast<std::int8_t>(w.block(b)[(k / 2 * block_rows + r) * 2 + k % 2]);
+}
+
+PENNYWEIGHT_INLINE float value_of(const Integers &w, std::int32_t code, std::size_t scale_at, std::size_t k) {
+    float value = static_cast<float>(code) * w.scale[scale_at];
+    if (w.column_scale != nullptr) value *= w.column_scale[k];
+    if (w.minimum != nullptr) value += w.minimum[scale_at];
+    if (w.column_offset != nullptr) value += w.column_offset[k];
+    return value;
+}
+
 static void decode(const Integers &w, std::size_t b, std::size_t first, std::size_t last, float *out, std::size_t stride) {
     const std::size_t groups = w.groups(), padded = w.padded();
-    alignas(64) std::int8_t codes[8][block_rows];
-    alignas(64) float values[block_rows][8];
+    alignas(64) std::uint8_t unpacked[8 * block_rows];
+    alignas(64) float values[block_rows * 2][4];  // [row, column of the pair][pair]
     for (std::size_t k0 = 0; k0 < padded; k0 += 8) {
-        if (w.bits == 8) {
-            const std::int8_t *bytes = reinterpret_cast<const std::int8_t *>(w.block(b)) + k0 * block_rows;
-            for (std::size_t k = 0; k < 8; ++k)
-                for (std::size_t r = 0; r < block_rows; ++r) codes[k][r] = bytes[k / 2 * 2 * block_rows + 2 * r + k % 2];
-        } else {
-            unpack(w, w.block(b) + k0 * block_rows * w.bits / 8, codes);
-        }
         const std::size_t at = (b * groups + k0 / w.group) * block_rows, count = smaller(8, w.cols - k0);
-        for (std::size_t r = 0; r < block_rows; ++r)
-            for (std::size_t k = 0; k < 8; ++k) values[r][k] = static_cast<float>(codes[k][r]) * w.scale[at + r];
+        const std::uint8_t *bytes = w.block(b) + k0 * block_rows;
+        std::int32_t factor = w.factor, zero_code = w.zero;
+        if (w.bits < 8) {
+            unpack(w.block(b), w.bits, factor, zero_code, k0 / 8, k0 / 8 + 1, unpacked);
+            bytes = unpacked;
+            factor = 1, zero_code = 0;
+        }
+        const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(bytes);
+        for (std::size_t pair = 0; pair < 4; ++pair)
+            for (std::size_t i = 0; i < 2 * block_rows; ++i)
+                values[i][pair] = static_cast<float>(factor * codes[pair * 2 * block_rows + i] - zero_code);
         for (std::size_t r = first; r < last; ++r) {
+            const float scale = w.scale[at + r];
             float *row = out + (r - first) * stride + k0;
             for (std::size_t k = 0; k < count; ++k) {
-                float value = values[r][k];
+                float value = values[2 * r + k % 2][k / 2] * scale;
                 if (w.column_scale != nullptr) value *= w.column_scale[k0 + k];
                 if (w.minimum != nullptr) value += w.minimum[at + r];
                 if (w.column_offset != nullptr) value += w.column_offset[k0 + k];
@@ -235,14 +253,8 @@ static void decode(const Integers &w, std::size_t b, std::size_t first, std::siz
     for (std::int32_t e = w.escape_start[b]; e < w.escape_start[b + 1]; ++e) {
         const std::size_t r = static_cast<std::size_t>(w.escape_row[e]), k = static_cast<std::size_t>(w.escape_column[e]);
         if (r < first || r >= last) continue;
-        const std::int8_t *bytes = reinterpret_cast<const std::int8_t *>(w.block(b));
-        const std::int32_t code = bytes[k / 2 * 2 * block_rows + 2 * r + k % 2] + w.escape_extra[e];
-        const std::size_t at = (b * groups + k / w.group) * block_rows + r;
-        float value = static_cast<float>(code) * w.scale[at];
-        if (w.column_scale != nullptr) value *= w.column_scale[k];
-        if (w.minimum != nullptr) value += w.minimum[at];
-        if (w.column_offset != nullptr) value += w.column_offset[k];
-        out[(r - first) * stride + k] = value;
+        const std::int32_t code = w.factor * byte_at(w, b, r, k) - w.zero + w.escape_extra[e];
+        out[(r - first) * stride + k] = value_of(w, code, (b * groups + k / w.group) * block_rows + r, k);
     }
 }
 

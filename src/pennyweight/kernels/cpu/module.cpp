@@ -58,15 +58,15 @@ static void require(bool fits, const char *what) {
 class IntegerWeight {
 public:
     IntegerWeight(Array<std::uint8_t, 1> codes, std::size_t rows, std::size_t cols, std::size_t bits, std::size_t group,
-                  std::int32_t zero, Array<float, 3> scale, Maybe<float, 3> minimum, Maybe<float, 1> column_scale,
+                  std::int32_t factor, std::int32_t zero, Array<float, 3> scale, Maybe<float, 3> minimum, Maybe<float, 1> column_scale,
                   Maybe<float, 1> column_offset, Maybe<std::int32_t, 1> escape_start, Maybe<std::int32_t, 2> escapes, double limit)
         : codes_(codes), scale_(scale), minimum_(minimum), column_scale_(column_scale), column_offset_(column_offset),
           escape_start_(escape_start), escapes_(escapes), limit_(limit) {
         constexpr std::size_t most = std::size_t(1) << 31;
         require(rows < most && cols < most && (bits == 8 || (bits >= 1 && bits <= 4)) && group % 8 == 0 && group > 0,
                 "an integer weight has 1 to 4 or 8 bits and groups of a multiple of 8 columns");
-        require(zero >= -128 && zero <= 127 && (bits < 8 || zero == 0), "the zero of an integer weight is out of range");
-        w_ = {codes.data(), rows, cols, bits, group, zero, scale.data(), data(minimum), data(column_scale), data(column_offset),
+        require(zero >= -(1 << 17) && zero <= 1 << 17 && factor >= 1 && factor <= 2, "factor or zero of an integer weight is out of range");
+        w_ = {codes.data(), rows, cols, bits, group, factor, zero, scale.data(), data(minimum), data(column_scale), data(column_offset),
               nullptr, nullptr, nullptr, nullptr};
         require(codes.shape(0) == w_.blocks() * w_.block_bytes(), "the codes of an integer weight have the wrong size");
         const auto per_group = [&](const Array<float, 3> &a) {
@@ -128,6 +128,18 @@ static void integer_arrange(Array<std::int16_t, 2> codes, std::size_t bits, Outp
     pennyweight::integer_arrange(codes.data(), shape, out.data(), threads);
 }
 
+template <typename T>
+static void unpack_rows(Array<std::uint8_t, 2> packed, std::size_t bits, std::size_t cols, Array<std::int64_t, 1> index, Output<T, 2> out, unsigned threads) {
+    const bool fits = bits >= 1 && bits <= 16 && (bits <= 8) == (sizeof(T) == 1) && packed.shape(1) == (cols * bits + 7) / 8 &&
+                      out.shape(0) == index.shape(0) && out.shape(1) == cols;
+    require(fits, "unpack rows: shapes do not fit each other");
+    const std::int64_t *rows = index.data(), count = static_cast<std::int64_t>(packed.shape(0));
+    for (std::size_t i = 0; i < index.shape(0); ++i)
+        if (rows[i] < 0 || rows[i] >= count) throw nb::index_error("unpack rows: an index is out of range");
+    nb::gil_scoped_release release;
+    pennyweight::unpack_rows(packed.data(), packed.shape(1), bits, cols, rows, index.shape(0), out.data(), threads);
+}
+
 NB_MODULE(_cpu, m) {
     m.def("feedback_block", &feedback_block, nb::arg("work"), nb::arg("upper"), nb::arg("row"), nb::arg("column"),
           nb::arg("codes").noconvert(), nb::arg("errors").noconvert(), nb::arg("threads"),
@@ -140,15 +152,19 @@ NB_MODULE(_cpu, m) {
     m.def("use", [](const std::string &name) { pennyweight::use(pennyweight::named(name)); }, nb::arg("name"),
           "Have the kernels use this instruction set from now on.");
     nb::class_<IntegerWeight>(m, "IntegerWeight", "An integer weight in the kernels' arrangement; see kernels/integer.py.")
-        .def(nb::init<Array<std::uint8_t, 1>, std::size_t, std::size_t, std::size_t, std::size_t, std::int32_t, Array<float, 3>,
+        .def(nb::init<Array<std::uint8_t, 1>, std::size_t, std::size_t, std::size_t, std::size_t, std::int32_t, std::int32_t, Array<float, 3>,
                       Maybe<float, 3>, Maybe<float, 1>, Maybe<float, 1>, Maybe<std::int32_t, 1>, Maybe<std::int32_t, 2>, double>(),
-             nb::arg("codes"), nb::arg("rows"), nb::arg("cols"), nb::arg("bits"), nb::arg("group"), nb::arg("zero"),
+             nb::arg("codes"), nb::arg("rows"), nb::arg("cols"), nb::arg("bits"), nb::arg("group"), nb::arg("factor"), nb::arg("zero"),
              nb::arg("scale"), nb::arg("minimum").none(), nb::arg("column_scale").none(), nb::arg("column_offset").none(),
              nb::arg("escape_start").none(), nb::arg("escapes").none(), nb::arg("limit"))
         .def("linear", &IntegerWeight::linear, nb::arg("x"), nb::arg("bias").none(), nb::arg("y").noconvert(),
              nb::arg("activation_bits"), nb::arg("threads"), "Writes y = x W^T + bias.")
         .def("decode", &IntegerWeight::decode, nb::arg("first"), nb::arg("last"), nb::arg("out").noconvert(), nb::arg("threads"),
              "Writes the decoded rows first .. last-1.");
+    m.def("unpack_rows", &unpack_rows<std::uint8_t>, nb::arg("packed"), nb::arg("bits"), nb::arg("cols"), nb::arg("index"),
+          nb::arg("out").noconvert(), nb::arg("threads"), "Writes the codes of some rows of a bit-packed matrix.");
+    m.def("unpack_rows", &unpack_rows<std::int32_t>, nb::arg("packed"), nb::arg("bits"), nb::arg("cols"), nb::arg("index"),
+          nb::arg("out").noconvert(), nb::arg("threads"));
     m.def("integer_arrange", &integer_arrange, nb::arg("codes"), nb::arg("bits"), nb::arg("out").noconvert(), nb::arg("threads"),
           "Arranges codes for IntegerWeight.");
 }
