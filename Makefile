@@ -4,14 +4,17 @@
 #   make lint          ruff and pyright
 #   make experiments   the measured pages of docs/results (hours; read the public data of PENNYWEIGHT_DATA)
 #   make bench         the benchmark tables (the same)
+#   make sanitize      the kernels' tests under the address and undefined-behaviour sanitizers
+#   make emulate       the kernels' tests with AVX-512 emulated
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
+KERNEL_TESTS := $(wildcard tests/test_kernels_*.py) tests/test_error_feedback.py
 NATIVE := CMakeLists.txt $(wildcard src/pennyweight/kernels/cpu/*)
 
-.PHONY: demo test lint experiments bench clean
+.PHONY: demo test lint experiments bench emulate sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pennyweight demo
@@ -36,6 +39,19 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality_cifar.py --page
 	$(BIN)/python benchmarks/peers.py --with-pennyweight
 	$(BIN)/python benchmarks/picture.py
+
+# The kernels of every x86 instruction set, run by emulation on whatever processor there is (needs Debian's libsimde-dev).
+emulate: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/emulated -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(BIN)/python -DPENNYWEIGHT_EMULATED=ON
+	$(BIN)/cmake --build build/emulated
+	$(BIN)/python tests/other_build.py build/emulated/_cpu*.so $(KERNEL_TESTS)
+
+# The kernels with every access and overflow checked (needs GCC's or Clang's sanitizers).
+sanitize: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/sanitized -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(BIN)/python -DPENNYWEIGHT_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitized
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/other_build.py build/sanitized/_cpu*.so $(KERNEL_TESTS)
 
 clean:
 	rm -rf $(VENV) build demo-out

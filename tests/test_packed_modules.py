@@ -101,7 +101,9 @@ def with_decoded(model, packed):
     return model.eval()
 
 
-@pytest.mark.parametrize(("memory", "activation_bits", "error"), [("fast", 16, 1e-6), ("low", 32, 1e-6), ("low", 16, 1e-4)])
+@pytest.mark.parametrize(
+    ("memory", "activation_bits", "error"), [("fast", 16, 1e-6), ("low", 32, 1e-6), ("low", 16, 1e-4)]
+)
 @pytest.mark.parametrize(("module", "x"), CASES)
 def test_same_output_as_decoded(module, x, memory, activation_bits, error):
     packed = pack(module)

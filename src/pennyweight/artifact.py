@@ -41,8 +41,8 @@ from .bundle import (
 from .checkpoints import PICKLE_SUFFIXES, WEIGHTS, load_checkpoint, refuse_pickle, refuse_pickle_bytes
 from .errors import ArtifactError
 from .formats import PackedWeight, from_bytes
-from .layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
 from .kernels.integer import ActivationBits
+from .layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
 from .layers.packed import Memory, arrange, install_blobs, packed_blobs
 from .layers.sites import weight_sites
 
@@ -233,9 +233,7 @@ def _factory(reference: str) -> Callable[[], nn.Module]:
 
 
 @torch.no_grad()
-def fill(
-    model: nn.Module, artifact: Artifact, memory: Memory = "fast", activation_bits: ActivationBits = 16
-) -> None:
+def fill(model: nn.Module, artifact: Artifact, memory: Memory = "fast", activation_bits: ActivationBits = 16) -> None:
     """Put an artifact's content into an unpacked model of the same architecture, in place.
 
     Raises ArtifactError naming the first tensor that the model lacks, has in excess or has in another shape.

@@ -2,7 +2,7 @@
 
     weight   value = (factor * stored - zero) * scale[row, group] * column_scale[col] + minimum[row, group]
                      + column_offset[col], where what is stored are 1 to 4 bits or signed bytes; see `IntegerMatrix`
-    input    quantised row by row to whole numbers of 8 or 16 bits, x = q * step, with step = max |x * column_scale| / most
+    input    quantised row by row to whole numbers of 8 or 16 bits: x = q * step, step = max |x * column_scale| / most
     product  whole numbers, exact; scales, minima, offsets and bias then come in float32, in one order
 
 so a result depends neither on the number of threads nor on the instruction set. With 16 bits it differs from the
@@ -13,6 +13,7 @@ row choose one (the idea of T-MAC, arXiv 2407.00088). Many inputs meet weights w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -57,7 +58,7 @@ class IntegerMatrix:
     escape_start: Tensor | None
     escapes: Tensor | None
     limit: float
-    _native: Any = field(default=None, repr=False, compare=False)
+    _native: Any = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -166,10 +167,25 @@ class IntegerMatrix:
         if self._native is None:
             arrays = [
                 None if t is None else t.numpy()
-                for t in (self.scale, self.minimum, self.column_scale, self.column_offset, self.escape_start, self.escapes)
+                for t in (
+                    self.scale,
+                    self.minimum,
+                    self.column_scale,
+                    self.column_offset,
+                    self.escape_start,
+                    self.escapes,
+                )
             ]
             self._native = _cpu.IntegerWeight(
-                self.codes.numpy(), self.rows, self.cols, self.bits, self.group, self.factor, self.zero, *arrays, self.limit
+                self.codes.numpy(),
+                self.rows,
+                self.cols,
+                self.bits,
+                self.group,
+                self.factor,
+                self.zero,
+                *arrays,
+                self.limit,
             )
         return self._native
 
@@ -198,7 +214,7 @@ def _by_row(values: Tensor, rows: int) -> Tensor:
 
 
 def _escapes(codes: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(start of each block's escapes, [row in the block, column, what a byte leaves out]); None if there are too many."""
+    """(start of each block's escapes, [row in the block, column, what a byte leaves out]); None if too many."""
     rest = codes.to(torch.int32) - codes.clamp(-128, 127).to(torch.int32)
     row, column = rest.nonzero(as_tuple=True)
     if len(row) * _CODES_PER_ESCAPE > codes.numel():
@@ -287,7 +303,7 @@ def linear_reference(matrix: IntegerMatrix, x: Tensor, activation_bits: int) -> 
     q = torch.where(flat, 0.0, scaled * inverse).round()
     step = torch.where(flat, 0.0, size / largest)
     step = torch.where(scaled.isfinite().all(1, keepdim=True), step, torch.nan)
-    plain = IntegerMatrix(**vars(matrix) | {"minimum": None, "column_scale": None, "column_offset": None})
+    plain = dataclasses.replace(matrix, minimum=None, column_scale=None, column_offset=None)
     y = (q.double().nan_to_num() @ decode_reference(plain).double().T).to(torch.float32) * step
     if matrix.minimum is not None:
         ends = F.pad(x, (0, -matrix.cols % matrix.group)).view(len(x), -1, matrix.group).sum(2)
@@ -298,7 +314,6 @@ def linear_reference(matrix: IntegerMatrix, x: Tensor, activation_bits: int) -> 
 
 
 # ------------------------------------------------------------------------------------------------ for torch.compile
-
 
 
 def _matrix(
@@ -313,8 +328,9 @@ def _matrix(
     limit: float,
 ) -> IntegerMatrix:
     """The inverse of `IntegerMatrix._arguments`."""
-    parts = (scale, minimum, column_scale, column_offset, escape_start, escapes, limit)
-    return IntegerMatrix(codes, *sizes, *parts)
+    rows, cols, bits, group, factor, zero = sizes
+    parts = (scale, minimum, column_scale, column_offset, escape_start, escapes)
+    return IntegerMatrix(codes, rows, cols, bits, group, factor, zero, *parts, limit)
 
 
 @torch.library.custom_op("pennyweight::integer_linear", mutates_args=())

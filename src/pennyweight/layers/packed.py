@@ -156,7 +156,8 @@ class PackedLinear(PackedModule):
         """The weight as it multiplies; it replaces the stored form, which the blob can always give again."""
         packed = self._packed_parsed.get("weight")
         if packed is None or not packed.runs:
-            packed = self._packed_parsed["weight"] = self.packed_weight("weight").for_running(self._packed_activation_bits)
+            packed = self.packed_weight("weight").for_running(self._packed_activation_bits)
+            self._packed_parsed["weight"] = packed
         return packed
 
 
@@ -252,7 +253,8 @@ def install(
     as it was.
     """
     blobs = {id(weight): weight.to_bytes() for weight in packed.values()}
-    return install_blobs(model, {name: (weight, blobs[id(weight)]) for name, weight in packed.items()}, memory, activation_bits)
+    both = {name: (weight, blobs[id(weight)]) for name, weight in packed.items()}
+    return install_blobs(model, both, memory, activation_bits)
 
 
 def install_blobs(

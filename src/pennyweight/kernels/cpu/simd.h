@@ -23,6 +23,8 @@
 #if defined(PENNYWEIGHT_EMULATED)
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
+#undef _mm512_madd_epi16  // SIMDe 0.7.4 defines it with the arguments of its masked form
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 #elif defined(PENNYWEIGHT_AVX2) || defined(PENNYWEIGHT_AVX512)
 #include <immintrin.h>
 #elif defined(PENNYWEIGHT_NEON)
