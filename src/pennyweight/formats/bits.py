@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import _cpu
+from ..kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def packed_size(count: int, bits: int) -> int:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _cpu, tell_once
+from . import _cpu, tell_once  # pyright: ignore[reportAttributeAccessIssue]
 
 ActivationBits = Literal[8, 16, 32]
 
