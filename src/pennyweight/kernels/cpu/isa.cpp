@@ -1,4 +1,5 @@
 // Compiled once for each instruction set, with its flags and PENNYWEIGHT_NAME; only `kernels_<name>` leaves this file.
+#include "binary_kernels.h"
 #include "integer_kernels.h"
 #include "isa.h"
 
@@ -7,5 +8,5 @@
 
 namespace pennyweight {
 extern const Kernels PENNYWEIGHT_TABLE(PENNYWEIGHT_NAME);
-const Kernels PENNYWEIGHT_TABLE(PENNYWEIGHT_NAME) = {integer_kernels};
+const Kernels PENNYWEIGHT_TABLE(PENNYWEIGHT_NAME) = {integer_kernels, binary_kernels};
 }  // namespace pennyweight

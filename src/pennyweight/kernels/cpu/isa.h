@@ -1,4 +1,5 @@
 #pragma once
+#include "binary.h"
 #include "cpu.h"
 #include "integer.h"
 
@@ -6,6 +7,7 @@ namespace pennyweight {
 
 struct Kernels {
     IntegerKernels integer;
+    BinaryKernels binary;
 };
 
 // Those of the instruction set in use. Throws std::runtime_error if PENNYWEIGHT_ISA names what is not there.

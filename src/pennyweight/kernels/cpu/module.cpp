@@ -140,7 +140,10 @@ static void unpack_rows(Array<std::uint8_t, 2> packed, std::size_t bits, std::si
     pennyweight::unpack_rows(packed.data(), packed.shape(1), bits, cols, rows, index.shape(0), out.data(), threads);
 }
 
+void bind_binary(nb::module_ &);  // in module_binary.cpp
+
 NB_MODULE(_cpu, m) {
+    bind_binary(m);
     m.def("feedback_block", &feedback_block, nb::arg("work"), nb::arg("upper"), nb::arg("row"), nb::arg("column"),
           nb::arg("codes").noconvert(), nb::arg("errors").noconvert(), nb::arg("threads"),
           "One block of columns of error feedback on a uniform grid; writes codes and errors.");
