@@ -280,7 +280,7 @@ def test_folded_batch_norm_is_the_sign_of_batch_norm(seed, scaled, affine, size)
 
 
 def test_folded_batch_norm_at_the_ends():
-    """All of int32: a change at the last integers, none at all, a negative scale under a negative weight."""
+    """At all of int32: changes both ways, none at all, a negative scale under a negative weight."""
     ends = torch.tensor([-(2**31), -(2**31) + 1, -5, -4, -3, 3, 4, 5, 2**31 - 2, 2**31 - 1])
     zeros, ones = torch.zeros(8), torch.ones(8)
     mean = torch.tensor([-4.0, -4.0, -4.0, -4.0, 0.0, 0.0, 0.0, 0.0])

@@ -294,7 +294,7 @@ def _compiled(x: Tensor) -> bool:
     if x.device.type != "cpu":
         return False
     if kernels._cpu is None:
-        kernels._tell_once()
+        kernels.tell_once()
         return False
     return True
 
