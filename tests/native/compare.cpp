@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "binary.h"
 #include "integer.h"
 #include "isa.h"
 
@@ -59,10 +60,68 @@ bool integers_agree() {
     return true;
 }
 
+std::vector<std::uint64_t> signs(std::size_t rows, std::size_t cols) {
+    const auto x = normal(rows * cols);
+    std::vector<std::uint64_t> packed(rows * ((cols + 63) / 64));
+    binary_pack(x.data(), nullptr, rows, cols, packed.data(), 1);
+    return packed;
+}
+
+bool signs_agree() {
+    for (int trial = 0; trial < 40; ++trial) {
+        const std::size_t rows = from(1, 40), outputs = from(1, 150), cols = from(1, trial % 8 ? 700 : 70000), groups = from(1, 2);
+        const auto values = normal(rows * cols), limits = normal(cols), scale = normal(outputs);
+        const auto w = signs(outputs, cols), plane = signs(2 * rows, cols);
+        BinaryConvolution c{from(1, 2), from(3, 7), from(3, 7), groups, 0, from(1, 200), groups * from(1, 70), {from(1, 3), from(1, 3)},
+                            {from(1, 2), 1}, {from(0, 2), 1}, {1, from(1, 2)}, trial % 2 == 0};
+        c.words = (c.channels + 63) / 64;
+        if (c.positions(0) < 0 || c.positions(1) < 0) continue;
+        const auto image = signs(c.images * c.height * c.width * groups, c.channels);
+        const auto filter = signs(c.outputs * c.kernel[0] * c.kernel[1], c.channels);
+        const std::size_t positions = c.images * static_cast<std::size_t>(c.positions(0)) * static_cast<std::size_t>(c.positions(1));
+        const std::vector<std::int32_t> threshold(outputs, 3);
+        const std::vector<std::uint8_t> flip(outputs, trial % 3 == 0);
+        std::vector<std::int64_t> first;
+        for (const Isa isa : available())
+            for (const unsigned threads : {1u, 3u}) {
+                use(isa);
+                std::vector<std::uint64_t> packed(rows * ((cols + 63) / 64)), bits(rows * ((outputs + 63) / 64));
+                std::vector<std::int32_t> y(rows * outputs), convolved(positions * c.outputs), distances(rows * outputs);
+                std::vector<float> floats(rows * outputs);
+                binary_pack(values.data(), limits.data(), rows, cols, packed.data(), threads);
+                const std::size_t words = packed.size() / rows;
+                BinaryOutput integers{}, scaled{}, compared{}, maps{};
+                integers.integers = y.data(), maps.integers = convolved.data();
+                scaled.floats = floats.data(), scaled.scale = scaled.bias = scale.data();
+                compared.signs = bits.data(), compared.threshold = threshold.data(), compared.flip = flip.data();
+                for (const BinaryOutput &out : {integers, scaled, compared})
+                    binary_linear(packed.data(), rows, w.data(), outputs, words, cols, out, threads);
+                binary_convolution(c, image.data(), filter.data(), maps, threads);
+                binary_distances(plane.data(), rows, 2, w.data(), outputs, 1, words, distances.data(), threads);
+                std::vector<std::int64_t> all(y.begin(), y.end());
+                all.insert(all.end(), packed.begin(), packed.end());
+                all.insert(all.end(), bits.begin(), bits.end());
+                all.insert(all.end(), convolved.begin(), convolved.end());
+                all.insert(all.end(), distances.begin(), distances.end());
+                for (const float value : floats) {
+                    std::int32_t pattern;
+                    std::memcpy(&pattern, &value, 4);
+                    all.push_back(pattern);
+                }
+                if (first.empty()) first = all;
+                if (all != first) {
+                    std::printf("signs differ: %s, trial %d, %u threads\n", name(isa), trial, threads);
+                    return false;
+                }
+            }
+    }
+    return true;
+}
+
 }  // namespace
 
 int main() {
     for (const Isa isa : available()) std::printf("%s ", name(isa));
     std::printf("\n");
-    return integers_agree() ? 0 : 1;
+    return integers_agree() && signs_agree() ? 0 : 1;
 }
