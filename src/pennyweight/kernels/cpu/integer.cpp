@@ -22,27 +22,14 @@ public:
         : w_(w), a_(a), k_(k), tables_(tables), parts_(parts) {}
 
     void run(std::size_t b, std::size_t first, std::size_t last, const float *bias, float *y) const {
-        thread_local std::vector<std::uint32_t> acc;
         thread_local std::vector<float> out;
         const std::size_t n = last - first;
-        const bool as_stored = tables_ != nullptr || w_.bits == 8;  // what a panel has is factor * stored - zero
-        acc.assign(n * block_rows, 0);
         out.assign(n * block_rows, 0.0f);
-        for (std::size_t g = 0; g < a_.groups; ++g) {
-            const std::size_t end = std::min((g + 1) * w_.group, w_.padded());
-            for (std::size_t k = g * w_.group; k < end; k += chunk) accumulate(b, k, std::min(k + chunk, end), first, last, acc.data());
-            const std::size_t at = (b * a_.groups + g) * block_rows;
-            for (std::size_t m = 0; m < n; ++m) {
-                const std::size_t sum = (first + m) * a_.groups + g;
-                k_.flush(w_.scale + at, w_.minimum == nullptr ? nullptr : w_.minimum + at,
-                         as_stored ? static_cast<std::uint32_t>(w_.factor) : 1,
-                         as_stored ? static_cast<std::uint32_t>(w_.zero) * a_.sum[sum] : 0,
-                         // totals are in units of x, all else in units of the row's step
-                         w_.minimum == nullptr || a_.step[first + m] == 0.0f ? 0.0f : a_.total[sum] / a_.step[first + m],
-                         acc.data() + m * block_rows, out.data() + m * block_rows);
-            }
-            std::fill(acc.begin(), acc.end(), 0);
-        }
+        if (tables_ != nullptr || (w_.bits == 8 && n <= few))
+            for (std::size_t m = first; m < last; ++m)
+                k_.one_input(w_, b, a_, m, tables_ == nullptr ? nullptr : tables_ + m * parts_ * w_.padded() * 8, parts_, out.data() + (m - first) * block_rows);
+        else
+            by_panels(b, first, last, out.data());
         escapes(b, first, last, out.data());
         const std::size_t count = std::min(block_rows, w_.rows - b * block_rows);
         for (std::size_t m = 0; m < n; ++m) {
@@ -56,24 +43,18 @@ public:
     }
 
 private:
-    void accumulate(std::size_t b, std::size_t begin, std::size_t end, std::size_t first, std::size_t last, std::uint32_t *acc) const {
-        if (tables_ != nullptr) {
-            const std::size_t table_bytes = w_.padded() * 8;
-            for (std::size_t m = first; m < last; ++m, acc += block_rows) {
-                const std::uint8_t *t = tables_ + m * parts_ * table_bytes;
-                k_.look_up(w_.block(b), w_.bits, begin / 8, end / 8, t, acc);
-                if (parts_ == 1) continue;
-                std::uint32_t high[block_rows] = {};
-                k_.look_up(w_.block(b), w_.bits, begin / 8, end / 8, t + table_bytes, high);
-                for (std::size_t r = 0; r < block_rows; ++r) acc[r] += high[r] << 8;
+    void by_panels(std::size_t b, std::size_t first, std::size_t last, float *out) const {
+        thread_local std::vector<std::uint32_t> acc;
+        alignas(64) std::int16_t panel[chunk * block_rows];
+        acc.assign((last - first) * block_rows, 0);
+        for (std::size_t g = 0; g < a_.groups; ++g) {
+            const std::size_t end = std::min((g + 1) * w_.group, w_.padded());
+            for (std::size_t k = g * w_.group; k < end; k += chunk) {
+                const std::size_t stop = std::min(k + chunk, end);
+                k_.panel(w_, b, k, stop, panel);
+                k_.multiply(panel, (stop - k) / 2, a_.q + first * a_.stride + k, a_.stride, last - first, acc.data());
             }
-        } else if (w_.bits == 8 && last - first <= few) {
-            for (std::size_t m = first; m < last; ++m, acc += block_rows)
-                k_.dot_bytes(w_.block(b), begin / 2, end / 2, a_.q + m * a_.stride, acc);
-        } else {
-            alignas(64) std::int16_t panel[chunk * block_rows];
-            k_.panel(w_, b, begin, end, panel);
-            k_.multiply(panel, (end - begin) / 2, a_.q + first * a_.stride + begin, a_.stride, last - first, acc);
+            k_.end_group(w_, b, g, a_, first, last, acc.data(), out);
         }
     }
 

@@ -46,16 +46,15 @@ struct IntegerKernels {
     // Sums of four columns for each of the 16 choices of them: [cols / 4][low bytes 16, high bytes 16].
     // part 0: of q; 1: of its low byte, as a signed number; 2: of what remains, in units of 256.
     void (*tables)(const std::int16_t *q, std::size_t cols, int part, std::uint8_t *out);
-    // acc += planes . q for one row of q, column bytes first .. last-1
-    void (*look_up)(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, std::uint32_t *acc);
-    // acc += bytes . q for one row of q, column pairs first .. last-1
-    void (*dot_bytes)(const std::uint8_t *block, std::size_t first, std::size_t last, const std::int16_t *q, std::uint32_t *acc);
-    // factor * stored - zero of a block's columns first .. last-1 (multiples of 8), arranged for `multiply`
+    // y[64] += the block's product with input m, in units of its step; by its tables where the weight has planes. Two
+    // parts, 1 and 2, lie one behind the other.
+    void (*one_input)(const Integers &, std::size_t block, const Activations &, std::size_t m, const std::uint8_t *tables, int parts, float *y);
+    // A block's columns first .. last-1 (multiples of 8), arranged for `multiply`: factor * stored - zero, bytes as stored.
     void (*panel)(const Integers &, std::size_t block, std::size_t first, std::size_t last, std::int16_t *out);
     // acc += panel . q for `rows` rows of q; pairs: of columns
     void (*multiply)(const std::int16_t *panel, std::size_t pairs, const std::int16_t *q, std::size_t stride, std::size_t rows, std::uint32_t *acc);
-    // y[64] += scale[64] * (factor * acc[64] - zero_sum), and + minimum[64] * total
-    void (*flush)(const float *scale, const float *minimum, std::uint32_t factor, std::uint32_t zero_sum, float total, const std::uint32_t *acc, float *y);
+    // y[n][64] += what acc means in a group, for inputs first .. last-1; acc is cleared.
+    void (*end_group)(const Integers &, std::size_t block, std::size_t group, const Activations &, std::size_t first, std::size_t last, std::uint32_t *acc, float *y);
     // The values of rows first .. last-1 of a block, float32 [last - first][cols], rows `stride` apart.
     void (*decode)(const Integers &, std::size_t block, std::size_t first, std::size_t last, float *out, std::size_t stride);
 };

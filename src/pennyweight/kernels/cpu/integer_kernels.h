@@ -79,22 +79,28 @@ static void quantise(const Integers &w, const float *x, std::size_t first, std::
 }
 
 static void tables(const std::int16_t *q, std::size_t cols, int part, std::uint8_t *out) {
+    alignas(64) static const std::int16_t chosen[4][16] = {  // whether a choice takes that input
+        {0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1},
+        {0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1},
+        {0, 0, 0, 0, -1, -1, -1, -1, 0, 0, 0, 0, -1, -1, -1, -1},
+        {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1},
+    };
     for (std::size_t k = 0; k < cols; k += 4, out += 32) {
-        std::int32_t x[4];
+        std::int16_t x[4], sum[16];
         for (int i = 0; i < 4; ++i) {
-            const std::int32_t low = static_cast<std::int8_t>(static_cast<std::uint8_t>(q[k + i] & 255));
-            x[i] = part == 0 ? q[k + i] : part == 1 ? low : (q[k + i] - low) / 256;
+            const std::int16_t low = static_cast<std::int8_t>(static_cast<std::uint8_t>(q[k + i] & 255));
+            x[i] = part == 0 ? q[k + i] : part == 1 ? low : static_cast<std::int16_t>((q[k + i] - low) / 256);
         }
-        for (int choice = 0; choice < 16; ++choice) {
-            std::int32_t sum = 0;
-            for (int i = 0; i < 4; ++i) sum += (choice >> i & 1) * x[i];
-            out[choice] = static_cast<std::uint8_t>(sum & 255);
-            out[choice + 16] = static_cast<std::uint8_t>(sum >> 8 & 255);
-        }
+        for (int choice = 0; choice < 16; ++choice)
+            sum[choice] = static_cast<std::int16_t>((x[0] & chosen[0][choice]) + (x[1] & chosen[1][choice]) +
+                                                    (x[2] & chosen[2][choice]) + (x[3] & chosen[3][choice]));
+        for (int choice = 0; choice < 16; ++choice) out[choice] = static_cast<std::uint8_t>(sum[choice] & 255);
+        for (int choice = 0; choice < 16; ++choice) out[choice + 16] = static_cast<std::uint8_t>(sum[choice] >> 8 & 255);
     }
 }
 
-static void look_up(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, std::uint32_t *acc) {
+// acc += planes . q << shift for column bytes first .. last-1, by tables of one input
+PENNYWEIGHT_INLINE void look_up(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, unsigned shift, std::uint32_t *acc) {
     for (std::size_t stop; first < last; first = stop) {
         stop = smaller(last, first + span);
         for (std::size_t plane = 0; plane < bits; ++plane) {
@@ -115,12 +121,13 @@ static void look_up(const std::uint8_t *block, std::size_t bits, std::size_t fir
             alignas(64) std::int16_t sums[block_rows];
             for (std::size_t v = 0; v < vectors; ++v) store_interleaved(sums + v * width, low[v], high[v]);
             for (std::size_t r = 0; r < block_rows; ++r)
-                acc[r] += static_cast<std::uint32_t>(static_cast<std::int32_t>(sums[r])) << plane;
+                acc[r] += static_cast<std::uint32_t>(static_cast<std::int32_t>(sums[r])) << (plane + shift);
         }
     }
 }
 
-static void dot_bytes(const std::uint8_t *block, std::size_t first, std::size_t last, const std::int16_t *q, std::uint32_t *acc) {
+// acc += bytes . q for column pairs first .. last-1 of one input
+PENNYWEIGHT_INLINE void dot_bytes(const std::uint8_t *block, std::size_t first, std::size_t last, const std::int16_t *q, std::uint32_t *acc) {
     constexpr std::size_t all = block_rows / lanes;
     V sum[all];
     for (std::size_t v = 0; v < all; ++v) sum[v] = load(acc + v * lanes);
@@ -130,6 +137,47 @@ static void dot_bytes(const std::uint8_t *block, std::size_t first, std::size_t 
         for (std::size_t v = 0; v < all; ++v) sum[v] = multiply(sum[v], widen(codes + v * width / 2), x);
     }
     for (std::size_t v = 0; v < all; ++v) store(acc + v * lanes, sum[v]);
+}
+
+// y[64] += scale[64] * (factor * acc[64] - zero_sum), + minimum[64] * total; acc is cleared
+PENNYWEIGHT_INLINE void add_group(const float *scale, const float *minimum, std::uint32_t factor, std::uint32_t zero_sum, float total, std::uint32_t *acc, float *y) {
+    for (std::size_t r = 0; r < block_rows; ++r) {
+        y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>(factor * acc[r] - zero_sum));
+        acc[r] = 0;
+    }
+    if (minimum != nullptr)
+        for (std::size_t r = 0; r < block_rows; ++r) y[r] += minimum[r] * total;
+}
+
+// Totals are in units of x, all else in units of the row's step.
+PENNYWEIGHT_INLINE float total_of(const Integers &w, const Activations &a, std::size_t m, std::size_t g) {
+    return w.minimum == nullptr || a.step[m] == 0.0f ? 0.0f : a.total[m * a.groups + g] / a.step[m];
+}
+
+static void one_input(const Integers &w, std::size_t b, const Activations &a, std::size_t m, const std::uint8_t *tables, int parts, float *y) {
+    const std::uint8_t *block = w.block(b);
+    const std::size_t padded = w.padded();
+    const std::uint32_t factor = static_cast<std::uint32_t>(w.factor), zero_code = static_cast<std::uint32_t>(w.zero);
+    alignas(64) std::uint32_t acc[block_rows] = {};
+    for (std::size_t g = 0; g < a.groups; ++g) {
+        const std::size_t first = g * w.group, last = smaller(first + w.group, padded);
+        if (w.bits == 8) {
+            dot_bytes(block, first / 2, last / 2, a.q + m * a.stride, acc);
+        } else {
+            look_up(block, w.bits, first / 8, last / 8, tables, 0, acc);
+            if (parts == 2) look_up(block, w.bits, first / 8, last / 8, tables + padded * 8, 8, acc);
+        }
+        const std::size_t at = (b * a.groups + g) * block_rows;
+        add_group(w.scale + at, w.minimum == nullptr ? nullptr : w.minimum + at, factor, zero_code * a.sum[m * a.groups + g], total_of(w, a, m, g), acc, y);
+    }
+}
+
+static void end_group(const Integers &w, std::size_t b, std::size_t g, const Activations &a, std::size_t first, std::size_t last, std::uint32_t *acc, float *y) {
+    const std::size_t at = (b * a.groups + g) * block_rows;
+    const bool as_stored = w.bits == 8;  // panels of planes have factor * stored - zero, panels of bytes what is stored
+    const std::uint32_t factor = as_stored ? static_cast<std::uint32_t>(w.factor) : 1, zero_code = as_stored ? static_cast<std::uint32_t>(w.zero) : 0;
+    for (std::size_t m = first; m < last; ++m, acc += block_rows, y += block_rows)
+        add_group(w.scale + at, w.minimum == nullptr ? nullptr : w.minimum + at, factor, zero_code * a.sum[m * a.groups + g], total_of(w, a, m, g), acc, y);
 }
 
 // Planes of column bytes first .. last-1 as bytes, factor * stored - zero: [column pairs][64][2], the arrangement of 8 bits.
@@ -201,13 +249,6 @@ static void multiply(const std::int16_t *panel, std::size_t pairs, const std::in
     }
 }
 
-static void flush(const float *scale, const float *minimum, std::uint32_t factor, std::uint32_t zero_sum, float total, const std::uint32_t *acc, float *y) {
-    for (std::size_t r = 0; r < block_rows; ++r)
-        y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>(factor * acc[r] - zero_sum));
-    if (minimum != nullptr)
-        for (std::size_t r = 0; r < block_rows; ++r) y[r] += minimum[r] * total;
-}
-
 PENNYWEIGHT_INLINE std::int32_t byte_at(const Integers &w, std::size_t b, std::size_t r, std::size_t k) {
     return static_cast<std::int8_t>(w.block(b)[(k / 2 * block_rows + r) * 2 + k % 2]);
 }
@@ -258,7 +299,7 @@ static void decode(const Integers &w, std::size_t b, std::size_t first, std::siz
     }
 }
 
-constexpr IntegerKernels integer_kernels = {quantise, tables, look_up, dot_bytes, panel, multiply, flush, decode};
+constexpr IntegerKernels integer_kernels = {quantise, tables, one_input, panel, multiply, end_group, decode};
 
 }  // namespace
 }  // namespace pennyweight
