@@ -280,7 +280,8 @@ def main() -> int:
         "multiplications a second.",
     ]
     result = Result(
-        "Products of packed weights", "packed weights of 1 to 4 bits multiply faster than float ones and hold far fewer bytes",
+        "Products of packed weights",
+        "packed weights of 1 to 4 bits multiply faster than float ones and hold far fewer bytes",
         f"random weights; {args.threads} threads; medians of interleaved rounds", tables, conclusions, values, all(met),
     )  # fmt: skip
     return common.finish("kernels", result, args)

@@ -11,7 +11,7 @@ CPU = HERE.parent / "src" / "pennyweight" / "kernels" / "cpu"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
-@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not installed (Debian: g++-aarch64-linux-gnu)")
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} (Debian: g++-aarch64-linux-gnu)")
 def test_neon_gives_the_bits_of_plain(tmp_path):
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno", f"-I{CPU}"]
     objects = []
@@ -19,13 +19,18 @@ def test_neon_gives_the_bits_of_plain(tmp_path):
         objects.append(tmp_path / f"{name}.o")
         command = [COMPILER, *flags, *defined, f"-DPENNYWEIGHT_NAME={name}", "-c", CPU / "isa.cpp", "-o", objects[-1]]
         subprocess.run(command, check=True)
-    own = {"module.cpp", "module_binary.cpp", "isa.cpp", "feedback.cpp"}  # what needs Python, and what is compiled above
+    own = {
+        "module.cpp",
+        "module_binary.cpp",
+        "module_integer.cpp",
+        "isa.cpp",
+        "feedback.cpp",
+    }  # needs Python, or is above
     sources = sorted(path for path in CPU.glob("*.cpp") if path.name not in own)
     program = tmp_path / "compare"
+    inputs = [*sources, HERE / "native" / "compare.cpp", *objects]
     subprocess.run(
-        [COMPILER, *flags, "-DPENNYWEIGHT_HAS_NEON", *sources, HERE / "native" / "compare.cpp", *objects]
-        + ["-o", program, "-static", "-pthread"],
-        check=True,
+        [COMPILER, *flags, "-DPENNYWEIGHT_HAS_NEON", *inputs, "-o", program, "-static", "-pthread"], check=True
     )
     if shutil.which(EMULATOR) is None:
         pytest.skip(f"compiled, but {EMULATOR} is not installed to run it (Debian: qemu-user)")
