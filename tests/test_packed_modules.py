@@ -12,7 +12,7 @@ from torch import nn
 
 from pennyweight.errors import UnknownNameError, WeightError
 from pennyweight.formats import Dense16, Integer, LowRank
-from pennyweight.layers.packed import PackedModule, install, packed_blobs, packed_weights
+from pennyweight.layers.packed import PackedModule, arrange, install, packed_blobs, packed_weights
 from pennyweight.layers.sites import weight_sites
 
 torch.manual_seed(0)
@@ -283,3 +283,44 @@ def test_foreign_state_dict_is_refused():
     model = install(nn.Linear(7, 5), {"weight": Dense16.encode(torch.zeros(5, 7))})
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         model.load_state_dict(nn.Linear(7, 5).state_dict())
+
+
+class Mixed(nn.Module):
+    """A layer of each kind that decodes, looks up or multiplies."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(30, 12)
+        self.convolution = nn.Conv1d(12, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, index):
+        x = self.convolution(self.table(index).transpose(1, 2)).relu()
+        return self.head(x.transpose(1, 2))
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_compile_and_export_without_a_break(memory, tmp_path):
+    module, index = Mixed().eval(), torch.randint(30, (3, 7))
+    model = arrange(install(copy.deepcopy(module), pack(module), memory))
+    with torch.no_grad():
+        expected = model(index)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(index), expected)
+        sizes = ({0: torch.export.Dim("n", min=2)},)
+        torch.export.save(torch.export.export(model, (index,), dynamic_shapes=sizes), tmp_path / "model.pt2")
+    exported = torch.export.load(tmp_path / "model.pt2")
+    torch.testing.assert_close(exported.module()(index), expected)
+    torch.testing.assert_close(exported.module()(index[:2]), expected[:2])
+    called = " ".join(str(node.target) for node in exported.graph.nodes)
+    assert "pennyweight.rows" in called and "pennyweight.decode" in called
+    assert ("pennyweight.integer_linear" in called) == (memory == "low")
+    assert exported.state_dict["table.weight"].dtype == torch.uint8
+    with pytest.raises(IndexError, match="30"):
+        exported.module()(torch.full((2, 7), 30))
+
+
+def test_recurrent_layers_compile():
+    module, x = nn.LSTM(6, 5, batch_first=True).eval(), torch.randn(2, 4, 6)
+    model = install(copy.deepcopy(module), pack(module), "low")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x)[0], model(x)[0])

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, UnknownNameError, WeightError
-from ..formats import PackedWeight, from_bytes
+from ..formats import PackedWeight, from_bytes, operators
 from ..kernels.integer import ActivationBits
 from .sites import MatrixView, weight_sites
 
@@ -66,6 +66,9 @@ class PackedModule(nn.Module):
     def decoded_weight(self, attribute: str) -> Tensor:
         """The weight in its parameter's shape, in the module's dtype and on its device."""
         kept = self._decoded(attribute)
+        if torch.compiler.is_compiling():  # a graph decodes whenever it runs
+            view = self._packed_views[attribute]
+            return view.from_matrix(operators.decode(self._blob(attribute), *view.matrix_shape)).to(kept)
         if kept.numel():
             return kept
         # A tensor made in inference mode could never again take part in autograd: make it outside.
@@ -78,7 +81,7 @@ class PackedModule(nn.Module):
         return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._packed_memory == "fast":
+        if self._packed_memory == "fast" or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         self._packed_running = True
         try:
@@ -185,6 +188,9 @@ class PackedEmbedding(_RowLookup):
     norm_type: float
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self.max_norm is None:
+            cols = self._packed_views["weight"].matrix_shape[1]
+            return operators.rows(self._blob("weight"), input, cols).to(self._decoded("weight").dtype)
         _, rows, position = self._lookup(input)
         return F.embedding(position, rows, max_norm=self.max_norm, norm_type=self.norm_type)
 
@@ -306,11 +312,12 @@ def check_memory(memory: Memory, activation_bits: ActivationBits) -> None:
         raise ValueError(f"activation_bits must be 8, 16 or 32, not {activation_bits!r}")
 
 
-def arrange(model: nn.Module) -> None:
-    """Have the packed layers that multiply make ready for it now, rather than when they first run."""
+def arrange(model: nn.Module) -> nn.Module:
+    """Have the packed layers that multiply make ready for it now, rather than when they first run; returns the model."""
     for module in model.modules():
         if isinstance(module, PackedLinear) and module._packed_memory == "low":
             module.running_weight()
+    return model
 
 
 def free_decoded(model: nn.Module) -> None:
