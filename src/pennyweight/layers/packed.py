@@ -313,7 +313,7 @@ def check_memory(memory: Memory, activation_bits: ActivationBits) -> None:
 
 
 def arrange(model: nn.Module) -> nn.Module:
-    """Have the packed layers that multiply make ready for it now, rather than when they first run; returns the model."""
+    """Have the packed layers that multiply make ready now, rather than when they first run; returns the model."""
     for module in model.modules():
         if isinstance(module, PackedLinear) and module._packed_memory == "low":
             module.running_weight()
