@@ -36,9 +36,7 @@ def kernels() -> ModuleType:
 
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes tensors on the CPU."""
-    import triton
-
-    return not isinstance(kernels().few_rows, triton.JITFunction)
+    return not isinstance(kernels().few_rows, require("triton", "gpu").JITFunction)
 
 
 def check_input(x: Tensor, cols: int, device: torch.device) -> None:

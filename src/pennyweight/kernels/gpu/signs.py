@@ -38,7 +38,7 @@ def pack_signs(x: Tensor) -> Tensor:
 def pack_signs_reference(x: Tensor) -> Tensor:
     """`pack_signs` in plain torch."""
     rows, cols = x.shape
-    bits = F.pad((x >= 0).to(torch.int64), (0, -cols % 32)).view(rows, -1, 32)
+    bits = F.pad((x >= 0).to(torch.int64), (0, -cols % 32)).view(rows, -(-cols // 32), 32)
     words = (bits << torch.arange(32, device=x.device)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).T.contiguous()
 

@@ -233,7 +233,7 @@ def pack_rows(codes: Tensor, width: int, shift: int) -> Tensor:
     packed = torch.zeros(rows, size, dtype=torch.uint8, device=codes.device)
     for first in range(0, rows, _CHUNK_ROWS):
         part = (codes[first : first + _CHUNK_ROWS].to(torch.uint8) >> shift) & (1 << width) - 1
-        part = F.pad(part, (0, size * per_byte - cols)).view(-1, size, per_byte)
+        part = F.pad(part, (0, size * per_byte - cols)).view(len(part), size, per_byte)
         for j in range(per_byte):
             packed[first : first + _CHUNK_ROWS] |= part[..., j] << j * width
     return packed
