@@ -188,13 +188,15 @@ def pack_signs(x, out, x_rows, cols, x_stride, words, BM: tl.constexpr, BW: tl.c
     """out int32 [words, x_rows]: bit i of word w is x[32 w + i] >= 0, 0 beyond the columns."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     word = tl.program_id(1) * BW + tl.arange(0, BW)
-    bit = tl.arange(0, 32)
-    column = word[:, None] * 32 + bit[None, :]
-    known = (m < x_rows)[:, None, None] & (column < cols)[None, :, :]
-    taken = tl.load(x + m.to(tl.int64)[:, None, None] * x_stride + column[None, :, :], mask=known, other=-1.0)
-    bits = (taken.to(tl.float32) >= 0).to(tl.int32) << bit[None, None, :]
+    x_row = m.to(tl.int64)[:, None] * x_stride
+    bits = tl.zeros([BM, BW], tl.int32)
+    for i in range(32):  # not a sum over an axis: interpreters of Triton up to 3.6 widen that to 64 bits, and store so
+        column = word * 32 + i
+        known = (m < x_rows)[:, None] & (column < cols)[None, :]
+        taken = tl.load(x + x_row + column[None, :], mask=known, other=-1.0).to(tl.float32)
+        bits = bits | ((taken >= 0).to(tl.int32) << i)
     place = word.to(tl.int64)[None, :] * x_rows + m[:, None]
-    tl.store(out + place, tl.sum(bits, 2), mask=(m < x_rows)[:, None] & (word < words)[None, :])
+    tl.store(out + place, bits, mask=(m < x_rows)[:, None] & (word < words)[None, :])
 
 
 @triton.jit
