@@ -27,14 +27,13 @@ from .allocate import allocate
 from .budget import Budget
 from .contract import Candidate, compressor, sample_rows
 from .data import Call, Output, calls, output_tensor
-from .entropy_gptq import STEPS
 from .folding import fold_batch_norm
 from .norms import correct_bias
 from .observe import Loss, Observation, observe, weight_only_view
-from .packing import is_adjustable, pack
-from .plan import Choice, LayerInfo, Plan
-from .realise import Realised, quantise_inputs, realise
+from .plan import LayerInfo, Plan
+from .realise import quantise_inputs, realise
 from .recover import recover as distil
+from .settle import knobs_of, settle
 
 #: What competes by default, and what a preset allows.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -45,10 +44,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 #: Layers larger than this are priced on a sample of their rows.
 SAMPLE_VALUES = 1 << 17
-
-_SETTLE_ROUNDS = 6
-#: What takes up the slack of a plan in which no layer can take any size.
-_FILLER = "entropy-gptq"
 
 Progress = Callable[[str, int, int], None]
 
@@ -157,7 +152,7 @@ def shrink(
         plan = _adopt(plan, job, size, bits, ratio)
     small = _twin(job)
     sites = weight_sites(small)
-    knobs = _knobs(plan, sites)
+    knobs = knobs_of(plan, sites)
     done = realise(
         small,
         job.reference,
@@ -178,7 +173,7 @@ def shrink(
     at_sites = {id(site.parameter) for site in sites}
     halve(p for p in small.parameters() if id(p) not in at_sites)
     originals = dict(job.reference.named_parameters())
-    size_now = _settle(small, originals, sites, plan, done, knobs, trained=False)
+    size_now = settle(small, originals, sites, plan, done, knobs, trained=False)
     recovered = None
     if recover:
         for site in knobs:
@@ -196,7 +191,7 @@ def shrink(
             seed=seed,
             progress=progress,
         )
-        size_now = _settle(small, originals, sites, plan, done, knobs, trained=recovered[1] < recovered[0])
+        size_now = settle(small, originals, sites, plan, done, knobs, trained=recovered[1] < recovered[0])
     small = install(small, done.packed)
     set_memory(small, "fast")
     round_to_stored(small)
@@ -331,85 +326,3 @@ def _adopt(plan: Plan, job: _Job, size: int | str | None, bits: float | None, ra
     if any(value is not None for value in (size, bits, ratio)):
         plan = dataclasses.replace(plan, budget=_budget(job, size, bits, ratio))
     return plan
-
-
-def _knobs(plan: Plan, sites: Sequence[WeightSite]) -> list[WeightSite]:
-    """The layers whose size is settled last, in order.
-
-    First the one with most bytes among those that can take (nearly) any size; then, for what it cannot take, the
-    largest and the smallest of those that cannot, but may be made anew by a method that can.
-    """
-    able, others = [], []
-    for site in sites:
-        choice = plan.choices[site.name]
-        if is_adjustable(choice.method) or choice.split is not None:
-            able.append((choice.nbytes or site.parameter.numel(), site.name, site))
-        elif choice.method != "dense":
-            others.append((site.parameter.numel(), site.name, site))
-    chosen = [max(able)] if able else []
-    if others:
-        chosen += [max(others), min(others)]
-    return list({name: site for _, name, site in chosen}.values())
-
-
-def _turn(done: Realised, name: str, slack: int) -> bool:
-    """Make one layer anew, larger by at most `slack` bytes (smaller by as many, if negative); whether that was done."""
-    choice, nbytes, view = done.choices[name], done.nbytes[name], done.views[name]
-    target = nbytes + slack - (8 if slack < 0 else 0)
-    if target < 16:
-        return False
-    able = is_adjustable(choice.method) or choice.split is not None
-    if not able:
-        if slack < 0:
-            return False
-        choice = Choice(_FILLER, {"step": STEPS[0]})
-    packed, made = pack(view, dataclasses.replace(choice, nbytes=target))
-    distortion = view.distortion(packed.decode())
-    if slack > 0 and not nbytes < packed.nbytes <= target:
-        return False
-    if not able and distortion > (done.choices[name].distortion or math.inf):
-        return False  # more bytes, but for less
-    done.packed[name] = packed
-    done.choices[name] = dataclasses.replace(made, distortion=distortion)
-    return True
-
-
-def _settle(
-    small: nn.Module,
-    originals: Mapping[str, nn.Parameter],
-    sites: Sequence[WeightSite],
-    plan: Plan,
-    done: Realised,
-    knobs: Sequence[WeightSite],
-    trained: bool,
-) -> int:
-    """Bring the files to the budget: never above it, a fraction of a percent below at most. Returns their size.
-
-    originals: parameters before they were mended, put back where that alone makes the files fit. trained: codes come
-    from recovery and are only touched if the files would not fit.
-    """
-
-    def total() -> int:
-        return predict_bytes(small, done.nbytes)
-
-    budget = plan.budget
-    if budget is None:
-        return total()
-    for knob in knobs:
-        for _ in range(_SETTLE_ROUNDS):
-            slack = budget - total()
-            if 0 <= slack <= max(0.001 * budget, 8) or (trained and slack >= 0) or not _turn(done, knob.name, slack):
-                break
-    if total() > budget:  # mended biases and norms may compress a little worse than the original ones
-        packed_already = {id(s.parameter) for s in sites}
-        with torch.no_grad():
-            for name, parameter in small.named_parameters():
-                if id(parameter) not in packed_already and name in originals:
-                    parameter.copy_(originals[name])
-    size = total()
-    if size > budget:
-        raise BudgetError(
-            f"the layers came out at {size:,} bytes, over the budget of {budget:,}, and no method can be adjusted; "
-            "allow entropy-gptq or raise the budget"
-        )
-    return size
