@@ -14,7 +14,6 @@ import platform
 import tempfile
 import zlib
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,14 @@ def cache_directory() -> Path:
 
 def machine() -> dict[str, Any]:
     """What times depend on besides the layer: processor, instruction set in use, versions, threads."""
-    try:
-        own = version("pennyweight")
-    except PackageNotFoundError:
-        own = "source"
+    from . import __version__  # the package is still being imported when this module is
+
     kernels = Path(_cpu.__file__).read_bytes() if _cpu is not None else b""
     return {
         "processor": _processor(),
         "instruction_set": instruction_set(),
         "torch": torch.__version__,
-        "pennyweight": own,
+        "pennyweight": __version__,
         "kernels": f"{zlib.crc32(kernels):08x}",  # a new build may run otherwise under the same version
         "threads": torch.get_num_threads(),
     }
@@ -67,7 +64,7 @@ def _processor() -> str:
 
 
 class TimingCache:
-    """The times known for this machine: `times[layer][form]`, in microseconds; a layer is named by `layer_times.py`.
+    """The times known for this machine: `times[layer][form]`, in microseconds; what is timed `layer_times.py` names.
 
     A damaged file counts as none, with a warning. fresh: do not read what is there, but write.
     """
@@ -113,6 +110,6 @@ class TimingCache:
 
 def _times(values: Mapping[str, Any]) -> dict[Form, float]:
     times = {Form.of_text(text): float(value) for text, value in values.items()}
-    if not times or not all(math.isfinite(t) and t >= 0 for t in times.values()):
+    if not times or not all(math.isfinite(t) for t in times.values()):
         raise ValueError("a time is missing or makes no sense")
     return times

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,14 +145,14 @@ def time_layer(layer: Layer, call: Call) -> dict[Form, float]:
         # No blob: nothing here is stored, and large tables would take long to encode.
         twin = install_blobs(_twin(layer.module), {a: (w, b"\0") for a, w in weights.items()}, memory="low")
         runs.append(functools.partial(call, twin.eval()))
-    seconds = median_seconds(runs, _ROUNDS, patience=_PATIENCE)
+    seconds = median_seconds(runs, _ROUNDS, patience=_PATIENCE, again=True)
     return {form: 1e6 * taken for form, taken in zip([ORIGINAL, *forms], seconds)}
 
 
 def time_calls(models: Sequence[nn.Module], call: Call) -> list[float]:
     """Microseconds of one call of each model, or layer, as it is."""
     runs = [functools.partial(call, model) for model in models]
-    return [1e6 * taken for taken in median_seconds(runs, _ROUNDS, patience=2 * _PATIENCE)]
+    return [1e6 * taken for taken in median_seconds(runs, _ROUNDS, patience=2 * _PATIENCE, again=True)]
 
 
 def _families(forms: Mapping[Form, Any]) -> set[str]:
@@ -183,11 +185,40 @@ def packed_twin(module: nn.Module) -> nn.Module:
     return twin.eval()
 
 
+def whole_and_rest(model: nn.Module, layers: Sequence[Layer], call: Call, cache: TimingCache) -> tuple[float, float]:
+    """Microseconds of one call of the model as it was, and of it without its layers, each measured alone.
+
+    The rest may be below zero: together, layers find the caches warmer. All are timed in turn, so that the machine was
+    as busy for one as for the other.
+    """
+    counts: dict[str, tuple[Layer, Call, int]] = {}
+    for layer in layers:
+        for key, (inputs, count) in _keyed(layer):
+            counts[key] = (layer, inputs, count + (counts[key][2] if key in counts else 0))
+    text = json.dumps(
+        [type(model).__qualname__, _shapes((call.args, dict(call.kwargs))), *((k, c[2]) for k, c in counts.items())]
+    )
+    name = f"{type(model).__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if name not in cache.times:
+        runs = [functools.partial(call, original_twin(model))]
+        runs += [functools.partial(inputs, original_twin(layer.module)) for layer, inputs, _ in counts.values()]
+        whole, *parts = (1e6 * t for t in median_seconds(runs, _ROUNDS, patience=2 * _PATIENCE, again=True))
+        rest = whole - sum(part * count for part, (_, _, count) in zip(parts, counts.values()))
+        cache.add(name, {ORIGINAL: whole, Form("rest"): rest})
+        cache.save()
+    return cache.times[name][ORIGINAL], cache.times[name][Form("rest")]
+
+
+def _keyed(layer: Layer) -> Iterator[tuple[str, tuple[Call, int]]]:
+    """The layer's calls under the names by which their times are kept."""
+    return ((f"{layer.text} <- {shapes}", found) for shapes, found in layer.calls.items())
+
+
 def layer_times(
     layers: Sequence[Layer], cache: TimingCache, progress: Progress = lambda what, done, total: None
 ) -> Iterator[tuple[Layer, int, dict[Form, float]]]:
     """(layer, how often, microseconds of one call by form) for all calls of the layers; measures what is not known."""
-    wanted = [(layer, f"{layer.text} <- {shapes}", *found) for layer in layers for shapes, found in layer.calls.items()]
+    wanted = [(layer, key, *found) for layer in layers for key, found in _keyed(layer)]
     distinct = list(dict.fromkeys(key for _, key, _, _ in wanted))
     for layer, key, call, count in wanted:
         if key not in cache.times:

@@ -84,9 +84,12 @@ def settle(
     budget = plan.budget
     if budget is None:
         return total()
+    goal = budget  # bytes that a latency left over would cost time
+    if plan.latency is not None and plan.total is not None:
+        goal = min(budget, plan.total)
     for knob in knobs:
         for _ in range(_SETTLE_ROUNDS):
-            slack = budget - total()
+            slack = goal - total()
             if 0 <= slack <= max(0.001 * budget, 8) or (trained and slack >= 0) or not _turn(done, knob.name, slack):
                 break
     if total() > budget:  # mended biases and norms may compress a little worse than the original ones
