@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .errors import warn
-from .kernels import _cpu
+from .kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without stubs)
 from .layers.forms import Form
 
 

@@ -119,9 +119,15 @@ def _recording(layers: Sequence[Layer]) -> Iterator[None]:
 
 
 def _note(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    shapes = f"{_shapes(args)} {_shapes(kwargs)}" if kwargs else _shapes(args)
-    call, count = layer.calls.get(shapes, (Call(args, kwargs), 0))
-    layer.calls[shapes] = (call, count + 1)
+    call = Call(args, kwargs)
+    shapes = shapes_text(call)
+    known, count = layer.calls.get(shapes, (call, 0))
+    layer.calls[shapes] = (known, count + 1)
+
+
+def shapes_text(call: Call) -> str:
+    """By which calls of a layer are told apart: types and shapes of all inputs."""
+    return f"{_shapes(call.args)} {_shapes(call.kwargs)}" if call.kwargs else _shapes(call.args)
 
 
 def _shapes(value: Any) -> str:
@@ -152,7 +158,7 @@ def time_layer(layer: Layer, call: Call) -> dict[Form, float]:
 def time_calls(models: Sequence[nn.Module], call: Call) -> list[float]:
     """Microseconds of one call of each model, or layer, as it is."""
     runs = [functools.partial(call, model) for model in models]
-    return [1e6 * taken for taken in median_seconds(runs, _ROUNDS, patience=2 * _PATIENCE, again=True)]
+    return [1e6 * taken for taken in median_seconds(runs, _ROUNDS, patience=_PATIENCE, again=True)]
 
 
 def _families(forms: Mapping[Form, Any]) -> set[str]:
@@ -172,9 +178,19 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def original_twin(module: nn.Module) -> nn.Module:
-    """A copy that runs as the layer did before it was packed."""
+    """A copy of a layer, or model, with nothing packed: decoded weights in layers of the classes they had."""
     twin = _twin(module)
-    set_memory(twin, "fast")
+    for part in twin.modules():
+        if isinstance(part, PackedModule):
+            weights = {attribute: part.decoded_weight(attribute) for attribute in part._packed_views}
+            for name in [n for a in weights for n in part._buffers if n.startswith(a)]:
+                part._buffers.pop(name, None)
+                part._non_persistent_buffers_set.discard(name)
+            part.__class__ = part._packed_original  # pyright: ignore[reportAttributeAccessIssue]
+            for attribute, weight in weights.items():
+                part.register_parameter(attribute, nn.Parameter(weight, requires_grad=False))
+            if isinstance(part, nn.RNNBase):
+                part._init_flat_weights()
     return twin.eval()
 
 
@@ -195,9 +211,7 @@ def whole_and_rest(model: nn.Module, layers: Sequence[Layer], call: Call, cache:
     for layer in layers:
         for key, (inputs, count) in _keyed(layer):
             counts[key] = (layer, inputs, count + (counts[key][2] if key in counts else 0))
-    text = json.dumps(
-        [type(model).__qualname__, _shapes((call.args, dict(call.kwargs))), *((k, c[2]) for k, c in counts.items())]
-    )
+    text = json.dumps([type(model).__qualname__, shapes_text(call), *((k, c[2]) for k, c in counts.items())])
     name = f"{type(model).__qualname__} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if name not in cache.times:
         runs = [functools.partial(call, original_twin(model))]
@@ -226,3 +240,21 @@ def layer_times(
         progress("timing", distinct.index(key) + 1, len(distinct))
         yield layer, count, cache.times[key]
     cache.save()
+
+
+def packed_and_original(
+    model: nn.Module, call: Call, progress: Progress = lambda what, done, total: None
+) -> dict[str, tuple[float, float]]:
+    """Of each weight of a packed model that the call reaches: microseconds in one forward as it is packed, and those it
+    would take unpacked. Always measured, never taken from the cache."""
+    found: dict[str, tuple[float, float]] = {}
+    layers = find_layers(model, call)
+    for done, layer in enumerate(layers):
+        twins = [packed_twin(layer.module), original_twin(layer.module)]
+        for inputs, count in layer.calls.values():
+            now, before = time_calls(twins, inputs)
+            for name, share in layer.shares.items():
+                known = found.get(name, (0.0, 0.0))
+                found[name] = (known[0] + count * share * now, known[1] + count * share * before)
+        progress("timing", done + 1, len(layers))
+    return found
