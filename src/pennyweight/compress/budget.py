@@ -10,7 +10,7 @@ from decimal import Decimal
 from ..errors import BudgetError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_SECONDS = {"us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}
+_SECONDS = {"us": "1e-6", "µs": "1e-6", "μs": "1e-6", "ms": "1e-3", "s": "1"}
 _SIZE_FORMS = "an integer (bytes), '900_000', '108kB', '7MB', '1.5GB' (powers of 1000) or '6.5MiB' (powers of 1024)"
 
 
@@ -74,7 +74,7 @@ def parse_latency(latency: float | str) -> float:
     if isinstance(latency, str):
         parts = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?|\.\d+)\s*(us|µs|μs|ms|s)\s*", latency.lower())
         if parts is not None:
-            seconds = float(parts[1].replace("_", "")) * _SECONDS[parts[2]]
+            seconds = float(Decimal(parts[1].replace("_", "")) * Decimal(_SECONDS[parts[2]]))
     elif isinstance(latency, int | float) and not isinstance(latency, bool):
         seconds = float(latency)
     if not (math.isfinite(seconds) and seconds > 0):

@@ -134,7 +134,10 @@ def minimise(
                 objective[usable],
                 integrality=np.ones(variables),
                 bounds=Bounds(0, 1),
-                constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(within, -np.inf, limits)],
+                constraints=[
+                    LinearConstraint(one_each, 1, 1),
+                    *(LinearConstraint(within[[at]], -np.inf, float(limit)) for at, limit in enumerate(limits)),
+                ],
                 options=options,
             )
         if bound is None:

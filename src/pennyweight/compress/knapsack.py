@@ -125,7 +125,7 @@ class Problem:
                         f"layer {at}: the mask of allowed candidates must fit its costs and allow at least one"
                     )
             mask = np.concatenate(mask_of)
-            cost, distortion, layer, index, time = (a[mask] for a in (cost, distortion, layer, index, time))
+            cost, distortion, time, layer, index = cost[mask], distortion[mask], time[mask], layer[mask], index[mask]
         return cls.sorted(cost, distortion, layer, index, None if times is None else time)
 
     @classmethod
