@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import pennyweight as pw
+import test_cli
 from pennyweight.bench.here import time_here
 from pennyweight.compress import layer_times
 from pennyweight.compress.data import Call, resized
@@ -19,23 +19,16 @@ from pennyweight.formats import Binary, Codebook, Integer, LowRank, Sparse, Spli
 from pennyweight.layers.forms import ORIGINAL, SPLIT, Form, division, form_of, interpolate, samples
 from pennyweight.layers.packed import install
 from pennyweight.timing_cache import TimingCache, cache_directory, machine
-from test_cli import CNN, FACTORY, fails, run
+from test_cli import CNN, fails, run
 from zoo import INDEX, make_zoo, packed_zoo
+
+here = test_cli.here  # a working directory with cli_models.py in it
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    (tmp_path / "cli_models.py").write_text(FACTORY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    yield tmp_path
-    sys.modules.pop("cli_models", None)
 
 
 def made_up_times(layer, call):

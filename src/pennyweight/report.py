@@ -111,9 +111,9 @@ class Report:
     solver: str | None = None
     frontier: list[tuple[int, float]] = field(default_factory=list)
     recovered: tuple[float, float] | None = None
-    promise: Promise | None = None
     name: str = "model"
     plan: Plan | None = None
+    promise: Promise | None = None
 
     @property
     def other_bytes(self) -> int:

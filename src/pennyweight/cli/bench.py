@@ -103,7 +103,7 @@ def _cell(row: Timed, form: Form | None) -> str:
 def _titles(rows: list[Timed]) -> dict[str, list[Form]]:
     """What a format is called -> its forms in the columns, which may differ in numbers of groups and ranks."""
     titles: dict[str, list[Form]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -len(row.microseconds)):  # the fullest column sets the order
         ranks = sorted(form.at for form in row.microseconds if form.family == "lowrank" and form.at)
         for form in row.microseconds:
             titles.setdefault(_title(form, ranks), []).append(form)

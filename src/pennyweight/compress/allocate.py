@@ -121,7 +121,7 @@ def allocate(
                 choices[name] = replace(choices[name], microseconds=more)
     plan = Plan(choices, budget, overhead, solver, frontier=_thin_frontier(costs, distortions, overhead))
     if times is not None:
-        plan.latency, plan.rest_microseconds = times.latency, times.rest
+        plan.latency, plan.latency_batch, plan.rest_microseconds = times.latency, times.batch, times.rest
     return plan
 
 

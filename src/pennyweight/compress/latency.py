@@ -40,13 +40,15 @@ class Times:
     """Times of a model's layers, in microseconds, and the latency they are to keep.
 
     latency: seconds, of the whole model. rest: of what is no layer. original: of the whole model as it was. forms:
-    name of a weight -> what it takes in each form, over the whole forward.
+    name of a weight -> what it takes in each form, over the whole forward. batch: samples timed, None for a batch of the
+    data.
     """
 
     latency: float
     rest: float
     original: float
     forms: dict[str, dict[Form, float]] = field(default_factory=dict)
+    batch: int | None = None
 
     @property
     def limit(self) -> float:
@@ -88,7 +90,7 @@ def measure(
     wanted, call = parse_latency(latency), timed_call(batches, latency_batch)
     layers, cache = find_layers(model, call), TimingCache()
     original, rest = whole_and_rest(model, layers, call, cache)
-    times = Times(wanted, rest, original)
+    times = Times(wanted, rest, original, batch=latency_batch)
     for layer, count, taken in layer_times(layers, cache, progress):
         for name, share in layer.shares.items():
             known = times.forms.setdefault(name, dict.fromkeys(taken, 0.0))

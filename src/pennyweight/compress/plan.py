@@ -42,6 +42,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "solver": str,
     "seed": int,
     "latency": (int, float, str, type(None)),
+    "latency_batch": (int, type(None)),
     "rest_microseconds": (int, float, type(None)),
 }
 _YAML_NAMES = {int: "a whole number", float: "a number", str: "text", dict: "a mapping", type(None): "null"}
@@ -104,8 +105,8 @@ class Plan:
     choices: by layer name. budget: bytes of all files, None if unlimited. overhead: bytes in those files that are not
     layer blobs (other tensors, headers, config). solver: what found it. frontier: (total bytes, distortion) of the best
     plans at other sizes, largest first. original_bytes: of the uncompressed model. layers: what they were. seed: of the
-    run that made the plan. latency: seconds the model may take, None if it was not asked; rest_microseconds: what of
-    it does not go to layers.
+    run that made the plan. latency: seconds the model may take on latency_batch samples (None: the first batch of the
+    data), None if it was not asked; rest_microseconds: what of it does not go to layers.
     """
 
     choices: dict[str, Choice]
@@ -117,6 +118,7 @@ class Plan:
     layers: dict[str, LayerInfo] = field(default_factory=dict)
     seed: int = 0
     latency: float | None = None
+    latency_batch: int | None = None
     rest_microseconds: float | None = None
 
     @property
@@ -183,7 +185,7 @@ class Plan:
                 entry |= {"choice": choice.line, "bytes": choice.nbytes, "distortion": choice.distortion}
                 if choice.microseconds is not None:
                     entry["microseconds"] = choice.microseconds
-        timed = {} if self.latency is None else {"latency": self.latency, "rest_microseconds": self.rest_microseconds}
+        timed = {key: getattr(self, key) for key in ("latency", "latency_batch", "rest_microseconds")}
         return {
             "pennyweight_plan": 1,
             "budget": self.budget,
@@ -191,7 +193,7 @@ class Plan:
             "original_bytes": self.original_bytes,
             "solver": self.solver,
             "seed": self.seed,
-            **timed,
+            **(timed if self.latency is not None else {}),
             "total": self.total,
             "distortion": self.distortion,
             "layers": {name: choice.line for name, choice in self.choices.items()},

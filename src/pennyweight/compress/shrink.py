@@ -213,7 +213,7 @@ def shrink(
     small = install(small, done.packed)
     promise = None
     if plan.latency is not None and job.batches:
-        promise = keep_promise(small, job.batches, plan.latency, latency_batch)
+        promise = keep_promise(small, job.batches, plan.latency, latency_batch or plan.latency_batch)
     set_memory(small, "fast" if plan.latency is None else "low")
     round_to_stored(small)
     final = dataclasses.replace(plan, choices={site.name: done.choices[site.name] for site in sites})
