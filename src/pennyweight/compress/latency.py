@@ -40,8 +40,8 @@ class Times:
     """Times of a model's layers, in microseconds, and the latency they are to keep.
 
     latency: seconds, of the whole model. rest: of what is no layer. original: of the whole model as it was. forms:
-    name of a weight -> what it takes in each form, over the whole forward. batch: samples timed, None for a batch of the
-    data.
+    name of a weight -> what it takes in each form, over the whole forward. batch: samples timed, None for a batch of
+    the data.
     """
 
     latency: float
