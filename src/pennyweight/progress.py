@@ -16,6 +16,7 @@ PATIENCE_SECONDS = 2.0
 
 #: What the stages of plan and shrink are called on the terminal.
 STAGES = {
+    "timing": "timing layers",
     "observe": "reading calibration data",
     "offers": "pricing every layer",
     "compress": "compressing",

@@ -15,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ from torch import Tensor, nn
 
 from .artifact import PLAN, read_artifact
 from .bundle import config_json, file_bytes, pack_rest
+from .compress.data import calls
+from .compress.latency import Promise
+from .compress.layer_times import Progress, packed_and_original
 from .compress.plan import Plan
 from .compress.shrink import Record
-from .errors import ArtifactError, WeightError
+from .errors import ArtifactError, DataError, WeightError
 from .formats import PackedWeight
 from .layers.packed import packed_blobs, packed_weights
 from .layers.sites import weight_sites
@@ -61,7 +64,8 @@ class LayerRow:
     name: in the state dict. shape: of the parameter (without a plan, of its matrix). method: what the plan says.
     storage: the format in words. parts: (kind of storage, bytes); several for a divided layer. nbytes: on disk.
     original_bytes: in the original file. weights: how many. distortion, sensitivity: see `compress.observe`.
-    macs: multiplications a sample by "weight bits x input bits".
+    macs: multiplications a sample by "weight bits x input bits". microseconds, original_microseconds: measured, of one
+    forward over the first batch, packed (memory="low") and as it was.
     """
 
     name: str
@@ -77,6 +81,13 @@ class LayerRow:
     sensitivity: float | None = None
     macs: dict[str, int] | None = None
     histogram: Histogram | None = None
+    microseconds: float | None = None
+    original_microseconds: float | None = None
+
+    @property
+    def slower(self) -> bool:
+        """Whether the layer was measured and takes longer than it did."""
+        return (self.microseconds or 0.0) > (self.original_microseconds or 0.0)
 
     @property
     def bits_per_weight(self) -> float:
@@ -88,7 +99,8 @@ class Report:
     """See the module. size: bytes of the files needed to load the model; other_bytes: those of them outside the layers.
 
     parameters: of the whole model. frontier: (bytes, distortion) of the best plans at other sizes, largest first.
-    recovered: loss before and after recovery training, if there was any. plan: as carried out; None for a loaded model.
+    recovered: loss before and after recovery training, if there was any. promise: seconds asked for and measured, if a
+    latency was asked for. plan: as carried out; None for a loaded model.
     """
 
     layers: list[LayerRow]
@@ -101,6 +113,7 @@ class Report:
     recovered: tuple[float, float] | None = None
     name: str = "model"
     plan: Plan | None = None
+    promise: Promise | None = None
 
     @property
     def other_bytes(self) -> int:
@@ -131,6 +144,10 @@ class Report:
         for row in self.layers:
             total.update(row.macs or {})
         return dict(total.most_common())
+
+    @property
+    def timed(self) -> bool:
+        return any(row.microseconds is not None for row in self.layers)
 
     @property
     def smallest(self) -> int | None:
@@ -164,7 +181,10 @@ class Report:
         for row in self.layers:
             values = asdict(row)
             del values["histogram"]
+            if not self.timed:
+                del values["microseconds"], values["original_microseconds"]
             rows.append(values | {"bits_per_weight": row.bits_per_weight})
+        promise = {} if self.promise is None else {"latency": self.promise._asdict()}
         return {
             "name": self.name,
             "size": self.size,
@@ -177,6 +197,7 @@ class Report:
             "other_bytes": self.other_bytes,
             "macs": self.macs,
             "recovered": self.recovered,
+            **promise,
             "solver": self.solver,
             "smallest": self.smallest,
             "layers": rows,
@@ -194,10 +215,18 @@ class Report:
         known = self.distortion
         if known is not None:
             table.add_column("distortion", f"{known:.4g}", justify="right")
+        if self.timed:
+            slower = sum(row.slower for row in self.layers)
+            table.add_column("µs", f"{slower} slower", justify="right", no_wrap=True)
+            table.add_column("was", justify="right", no_wrap=True)
         for row in self.layers:
             cells = [escape(row.name), "x".join(map(str, row.shape)), row.storage, f"{row.nbytes:,}"]
             cells.append(f"{row.bits_per_weight:.2f}")
-            table.add_row(*cells, *([f"{row.distortion:.4g}"] if known is not None else []))
+            cells += [f"{row.distortion:.4g}"] if known is not None else []
+            if self.timed:
+                mark = "[red]▲[/] " if row.slower else ""
+                cells += [mark + _whole(row.microseconds), _whole(row.original_microseconds)]
+            table.add_row(*cells)
         return table
 
     def to_html(self) -> str:
@@ -229,12 +258,19 @@ class Report:
 
 
 def report(
-    model: nn.Module, *, inputs: Any = None, original: nn.Module | None = None, name: str | None = None
+    model: nn.Module,
+    *,
+    inputs: Any = None,
+    original: nn.Module | None = None,
+    name: str | None = None,
+    time: bool = False,
+    progress: Progress = lambda what, done, total: None,
 ) -> Report:
     """The report of a packed model, from `shrink` or `load` (the latter knows neither plan nor distortion).
 
     inputs: calibration data as `shrink` takes it; its first batch is run to count multiplications. original: the model
-    before, for the histograms. name: heads the page. Raises WeightError if the model is not packed.
+    before, for the histograms. name: heads the page. time: measure each layer on the first batch of inputs, beside
+    itself unpacked. Raises WeightError if the model is not packed, DataError for a time without inputs.
     """
     packed = packed_weights(model)
     if not packed:
@@ -251,8 +287,24 @@ def report(
         histograms=_histograms(model, packed, original),
     )
     made.name = name or type(model).__name__
-    made.recovered = record.recovered if isinstance(record, Record) else None
-    return made
+    if isinstance(record, Record):
+        made.recovered, made.promise = record.recovered, record.promise
+    return with_times(made, model, inputs, progress) if time else made
+
+
+def with_times(
+    made: Report, model: nn.Module, inputs: Any, progress: Progress = lambda what, done, total: None
+) -> Report:
+    """The report of that packed model with each layer's time measured. Raises DataError without inputs."""
+    if inputs is None:
+        raise DataError("the time of layers is measured on the inputs they get; give inputs")
+    times = packed_and_original(model, calls(model, inputs)[0], progress)
+    unreached = (None, None)
+    rows = []
+    for row in made.layers:
+        now, before = times.get(row.name, unreached)
+        rows.append(replace(row, microseconds=now, original_microseconds=before))
+    return replace(made, layers=rows)
 
 
 def report_artifact(directory: str | os.PathLike[str]) -> Report:
@@ -309,6 +361,10 @@ def _build(
         made.original_bytes, made.budget, made.solver = plan.original_bytes, plan.budget, plan.solver
         made.frontier, made.plan = list(plan.frontier), plan
     return made
+
+
+def _whole(microseconds: float | None) -> str:
+    return "" if microseconds is None else f"{microseconds:,.{0 if microseconds >= 10 else 1}f}"
 
 
 def _rounded(label: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
+from .compress.budget import time_text
 from .report import Histogram, LayerRow, Report
 
 #: Kinds of storage in the order of the legend; the colours are those of the same names in report_page.css.
@@ -184,6 +185,17 @@ def _limits(report: Report) -> str:
             f"{size_text(report.step)} more would take away <strong>{100 * gain:.1f}&nbsp;%</strong> "
             "of the predicted distortion."
         )
+    slower = [row for row in report.layers if row.slower]
+    if report.timed:
+        names = ", ".join(f"<code>{escape(_short(row.name))}</code>" for row in slower[:3])
+        more = f" and {len(slower) - 3} more" if len(slower) > 3 else ""
+        facts.append(
+            f"Measured here, <strong>{len(slower)}</strong> of {len(report.layers)} layers got slower"
+            + (f": {names}{more}." if slower else ".")
+        )
+    if report.promise is not None:
+        asked, taken = (time_text(seconds) for seconds in report.promise)
+        facts.append(f"Asked to take {asked}, it took <strong>{taken}</strong> when it was made.")
     worst = sorted((row for row in report.layers if row.distortion), key=lambda row: -(row.distortion or 0))[:3]
     if worst and report.distortion:
         lost = ", ".join(
@@ -333,6 +345,7 @@ def _table(report: Report) -> str:
     heads += "".join(
         f'<th class="n">{text}</th>' for text in ("bytes", "bits/weight", "distortion")[: 3 if known else 2]
     )
+    heads += '<th class="n">µs</th><th class="n">was</th>' if report.timed else ""
     body = []
     for row in report.layers:
         cells = [f'<td class="name">{escape(row.name)}</td>', f"<td>{'×'.join(map(str, row.shape))}</td>"]
@@ -340,6 +353,8 @@ def _table(report: Report) -> str:
         cells += [f'<td class="n">{row.nbytes:,}</td><td class="n">{row.bits_per_weight:.2f}</td>']
         if known:
             cells.append(f'<td class="n">{_number(row.distortion or 0)}</td>')
+        if report.timed:
+            cells += [_time_cell(row.microseconds, row.slower), _time_cell(row.original_microseconds)]
         body.append(f"<tr>{''.join(cells)}</tr>")
     last = f'<td class="n">{_number(report.distortion or 0)}</td>' if known else ""
     solver = f", found by the {escape(report.solver)} solver" if report.solver else ""
@@ -350,6 +365,11 @@ def _table(report: Report) -> str:
         f'<tr><td colspan="4">the files</td><td class="n">{report.size:,}</td>'
         f'<td class="n">{report.effective_bits:.2f}</td>{last}</tr></tfoot></table></div></details></section>'
     )
+
+
+def _time_cell(microseconds: float | None, slower: bool = False) -> str:
+    text = "" if microseconds is None else _number(microseconds)
+    return f'<td class="n">{"<strong>▲ slower</strong> " if slower else ""}{text}</td>'
 
 
 def _short(name: str) -> str:

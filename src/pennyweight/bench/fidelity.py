@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from ..clock import median_seconds
 from ..compress.data import Output, calls, output_tensor
 from ..compress.observe import evaluating
 from ..errors import DataError
@@ -67,16 +66,6 @@ def _deviations(outputs: Sequence[Tensor]) -> float:
     return float((together - together.mean(0)).square().sum())
 
 
-@torch.inference_mode()
 def median_milliseconds(runs: Sequence[Callable[[], Any]], repeats: int, warm_up: int = 2) -> list[float]:
-    """Median wall time of each of `runs`, taken in turn so that a busy moment of the machine falls on all of them.
-
-    The first `warm_up` rounds do not count.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(warm_up + repeats):
-        for run, taken in zip(runs, times):
-            started = time.perf_counter()
-            run()
-            taken.append(1000 * (time.perf_counter() - started))
-    return [statistics.median(taken[warm_up:]) for taken in times]
+    """`median_seconds` in milliseconds."""
+    return [1000 * seconds for seconds in median_seconds(runs, repeats, warm_up)]

@@ -1,4 +1,4 @@
-"""The command line: `pennyweight plan | shrink | inspect | eval | methods | demo`.
+"""The command line: `pennyweight plan | shrink | inspect | eval | bench | methods | demo`.
 
 A user's mistake (`PennyweightError`) ends in one line on standard error and exit code 2.
 """
@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from ..errors import PennyweightError
 from ..memory import return_freed_memory
-from . import demonstration, looking, shrinking
+from . import bench, demonstration, looking, shrinking
 from .screen import error_line
 
 
@@ -42,5 +42,6 @@ app.command("plan")(shrinking.plan)
 app.command("shrink")(shrinking.shrink)
 app.command("inspect")(looking.inspect)
 app.command("eval")(looking.evaluate)
+app.add_typer(bench.app, name="bench")
 app.command("methods")(looking.methods)
 app.command("demo")(demonstration.demo)

@@ -18,19 +18,32 @@ from ..artifact import REPORT, read_artifact
 from ..bench.fidelity import embedding_fidelity, median_milliseconds, output_fidelity
 from ..compress.data import calls
 from ..compress.shrink import PRESETS
-from ..errors import ArtifactError, DataError
-from ..report import report_artifact
+from ..errors import ArtifactError
+from ..report import report_artifact, with_times
 from .screen import Json, Quiet, Screen
 from .shrinking import Data, Samples, summary
-from .sources import Source, load_data, load_packed, load_source
+from .sources import Source, load_packed, load_source, some_data
 
 Directory = Annotated[Path, typer.Argument(help="A directory that pennyweight shrink wrote.")]
 
 
-def inspect(directory: Directory, as_json: Json = False) -> None:
+def inspect(
+    directory: Directory,
+    time: Annotated[bool, typer.Option("--time", help="Measure each layer here, beside itself unpacked.")] = False,
+    reference: Annotated[
+        str | None, typer.Option(help="With --time: the module:factory of a model that is not transformers'.")
+    ] = None,
+    data: Data = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """What a shrunk model consists of, layer by layer; its checksum is verified."""
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     made = report_artifact(directory)
+    if time:
+        with screen.working() as progress:
+            source = load_packed(directory, None if reference is None else load_source(reference))
+            made = with_times(made, source.model, some_data(data, source), progress)
     if as_json:
         screen.json(made.to_dict() | {"checksum": "ok"})
         return
@@ -56,9 +69,7 @@ def evaluate(
         original = load_source(reference or _made_from(directory))
         small = load_packed(directory, original)
         progress("loading", 1, 3)
-        batches = load_data(data, original, samples, held_out=True)
-        if batches is None:
-            raise DataError(f"{original.name} has no tokenizer, so there is no text to try; give --data")
+        batches = some_data(data, original, samples, held_out=True)
         if data is None:
             screen.note("no --data: measuring on held-out sentences of Python's English documentation")
         result = _fidelity(original, small, batches)

@@ -10,6 +10,7 @@ from rich.markup import escape
 from torch import nn
 
 from ..artifact import save
+from ..compress.budget import parse_latency, time_text
 from ..compress.plan import Plan
 from ..compress.shrink import plan as make_plan
 from ..compress.shrink import shrink as make_small
@@ -24,6 +25,8 @@ Model = Annotated[str, typer.Argument(help="Directory with safetensors, module:f
 Size = Annotated[str | None, typer.Option(help="Bytes of all files, such as 7MB, 900kB, 6.5MiB.")]
 Bits = Annotated[float | None, typer.Option(help="Or: bits on disk per parameter, everything counted.")]
 Ratio = Annotated[float | None, typer.Option(help="Or: how many times smaller.")]
+Latency = Annotated[str | None, typer.Option(help="Time a batch may take here, such as 3ms; alone or with a size.")]
+LatencyBatch = Annotated[int | None, typer.Option(min=1, help="Samples in that batch; the default is the data's own.")]
 Data = Annotated[str | None, typer.Option(help="Calibration data: text, .npy, .npz, .safetensors, module:function.")]
 Samples = Annotated[int, typer.Option(min=1, help="Samples of the data to use at most.")]
 Methods = Annotated[str | None, typer.Option(help="Methods that may compete, such as entropy-gptq,svd.")]
@@ -40,6 +43,8 @@ def plan(
     size: Size = None,
     bits: Bits = None,
     ratio: Ratio = None,
+    latency: Latency = None,
+    latency_batch: LatencyBatch = None,
     data: Data = None,
     samples: Samples = DEFAULT_SAMPLES,
     methods: Methods = None,
@@ -53,7 +58,7 @@ def plan(
 ) -> None:
     """A dry run: what each layer would become, and what the files would weigh."""
     screen = Screen(as_json, quiet)
-    search = _search(size, bits, ratio, methods, preset, distortion, solver, seed)
+    search = _search(size, bits, ratio, latency, methods, preset, distortion, solver, seed)
     with screen.working() as progress:
         source = load_source(model)
         made = make_plan(
@@ -61,6 +66,7 @@ def plan(
             data=_calibration(screen, source, data, samples),
             output=source.output,
             progress=progress,
+            latency_batch=latency_batch,
             **search,
         )
     if output is not None:
@@ -84,6 +90,8 @@ def shrink(
     size: Size = None,
     bits: Bits = None,
     ratio: Ratio = None,
+    latency: Latency = None,
+    latency_batch: LatencyBatch = None,
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan, perhaps edited.")] = None,
     data: Data = None,
     samples: Samples = DEFAULT_SAMPLES,
@@ -98,7 +106,7 @@ def shrink(
 ) -> None:
     """The best network of a size, in files that fit it."""
     screen = Screen(as_json, quiet)
-    search = _search(size, bits, ratio, methods, preset, distortion, solver, seed, planned=plan is not None)
+    search = _search(size, bits, ratio, latency, methods, preset, distortion, solver, seed, planned=plan is not None)
     chosen = Plan.load(plan) if plan is not None else None
     with screen.working() as progress:
         source = load_source(model)
@@ -110,6 +118,7 @@ def shrink(
             output=source.output,
             recover=recover,
             progress=progress,
+            latency_batch=latency_batch,
             **search,
         )
         made = make_report(small, inputs=batches, original=source.model, name=source.name)
@@ -145,6 +154,8 @@ def summary(made: Report) -> str:
     parts.append(f"{made.effective_bits:.2f} bits a parameter")
     if made.distortion is not None:
         parts.append(f"distortion {made.distortion:.3g}")
+    if made.promise is not None:
+        parts.append(f"{time_text(made.promise.measured)} of {time_text(made.promise.asked)}")
     if made.recovered is not None:
         parts.append(f"recovery took the loss from {made.recovered[0]:.3g} to {made.recovered[1]:.3g}")
     return ", ".join(parts)
@@ -153,10 +164,13 @@ def summary(made: Report) -> str:
 def _plan_line(made: Plan) -> str:
     """The size, the loss, and how small it could get."""
     parts = []
-    if made.total is not None and made.budget is not None:
-        parts.append(f"[bold]{size_text(made.total)}[/] of {size_text(made.budget)}")
+    if made.total is not None:
+        of_budget = "" if made.budget is None else f" of {size_text(made.budget)}"
+        parts.append(f"[bold]{size_text(made.total)}[/]{of_budget}")
     if made.distortion is not None:
         parts.append(f"distortion {made.distortion:.3g}")
+    if made.seconds is not None and made.latency is not None:
+        parts.append(f"{time_text(made.seconds)} of {time_text(made.latency)}")
     if made.frontier:
         parts.append(f"smallest reachable {size_text(made.frontier[-1][0])}")
     return ", ".join(parts)
@@ -175,6 +189,7 @@ def _search(
     size: str | None,
     bits: float | None,
     ratio: float | None,
+    latency: str | None,
     methods: str | None,
     preset: str,
     distortion: str,
@@ -184,17 +199,20 @@ def _search(
 ) -> dict[str, Any]:
     """What to look for and how, as the library's `plan` and `shrink` take it.
 
-    Raises BudgetError unless one budget is given (or none, for a plan already made): before the model is loaded, which
-    may take long.
+    Raises BudgetError unless one size is given (or none, with a latency or a plan already made) and the latency can be
+    read: before the model is loaded, which may take long.
     """
     given = [name for name, value in (("--size", size), ("--bits", bits), ("--ratio", ratio)) if value is not None]
-    if len(given) > 1 or not (given or planned):
+    if latency is not None:
+        parse_latency(latency)
+    if len(given) > 1 or not (given or planned or latency is not None):
         what = f"{' and '.join(given)} were given" if given else "none was given"
-        raise BudgetError(f"give exactly one of --size, --bits and --ratio; {what}")
+        raise BudgetError(f"give exactly one of --size, --bits and --ratio (or --latency); {what}")
     return {
         "size": size,
         "bits": bits,
         "ratio": ratio,
+        "latency": latency,
         "methods": None if methods is None else [name.strip() for name in methods.split(",") if name.strip()],
         "preset": preset,
         "distortion": distortion,

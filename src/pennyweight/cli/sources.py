@@ -125,6 +125,14 @@ def load_data(name: str | None, source: Source, samples: int, held_out: bool = F
     return source.batches(_lines(paths, source)[:samples])
 
 
+def some_data(name: str | None, source: Source, samples: int = BATCH_SIZE, held_out: bool = False) -> list[Any]:
+    """`load_data` where there must be some; one batch if not said otherwise. Raises DataError if there is none."""
+    batches = load_data(name, source, samples, held_out)
+    if batches is None:
+        raise DataError(f"{source.name} has no tokenizer, so there is no text to run it on; give --data")
+    return batches
+
+
 def _from_directory(name: str, path: Path) -> Source:
     if is_sentence_encoder(path):
         encoder = SentenceEncoder.load(path)

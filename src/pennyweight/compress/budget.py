@@ -1,4 +1,5 @@
-"""The size a user asks for, in bytes: `Budget.parse(size="7MB", n_parameters=n, original_bytes=m)` -> 7000000."""
+"""What a user asks for: a size in bytes, `Budget.parse(size="7MB", n_parameters=n, original_bytes=m)` -> 7000000, or a
+time in seconds, `parse_latency("3ms")` -> 0.003."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from decimal import Decimal
 from ..errors import BudgetError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SECONDS = {"us": "1e-6", "µs": "1e-6", "μs": "1e-6", "ms": "1e-3", "s": "1"}
 _SIZE_FORMS = "an integer (bytes), '900_000', '108kB', '7MB', '1.5GB' (powers of 1000) or '6.5MiB' (powers of 1024)"
 
 
@@ -64,3 +66,25 @@ def parse_size(size: int | str) -> int:
     if parts is None or ("." in parts[1] and not parts[2]):
         raise BudgetError(f"size {size!r} is not understood; give {_SIZE_FORMS}")
     return int(Decimal(parts[1].replace("_", "")) * _UNITS[parts[2]])
+
+
+def parse_latency(latency: float | str) -> float:
+    """Seconds of a time given as a number of them or as text: "800us", "3ms", "0.5s"; raises BudgetError."""
+    seconds = math.nan
+    if isinstance(latency, str):
+        parts = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?|\.\d+)\s*(us|µs|μs|ms|s)\s*", latency.lower())
+        if parts is not None:
+            seconds = float(Decimal(parts[1].replace("_", "")) * Decimal(_SECONDS[parts[2]]))
+    elif isinstance(latency, int | float) and not isinstance(latency, bool):
+        seconds = float(latency)
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise BudgetError(f"latency {latency!r} is not understood; give '800us', '3ms', '0.5s' or a number of seconds")
+    return seconds
+
+
+def time_text(seconds: float) -> str:
+    """ "3.1 ms", "812 µs", "1.2 s"."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{1e6 * seconds:.3g} µs"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import registry
 from ..formats import PackedWeight
+from ..layers.forms import Form, form_of
 
 #: Rows of a matrix that are compared at once, which bounds the working memory.
 _CHUNK_ROWS = 4096
@@ -81,7 +82,8 @@ class Candidate:
     method, options: enough to make it again (`compressor(method).compress(layer, **options)`); options are plain
         YAML values. nbytes: bytes of the packed weight on disk (exact, unless the layer was judged by a sample of its
         rows, see `sample_rows`). distortion: `LayerView.distortion` of the decoded weight. shared_nbytes: those of the
-        bytes that do not grow with the rows (a factor, a table).
+        bytes that do not grow with the rows (a factor, a table). form: how the packed weight runs, which tells its
+        time; None counts as a weight that must be decoded.
     """
 
     method: str
@@ -89,6 +91,7 @@ class Candidate:
     nbytes: int
     distortion: float
     shared_nbytes: int = 0
+    form: Form | None = None
 
     def for_more_rows(self, factor: float) -> Candidate:
         """What it would be for `factor` times the rows, all of them alike."""
@@ -133,7 +136,7 @@ class Compressor(ABC):
 
     def candidate(self, layer: LayerView, options: Mapping[str, Any], packed: PackedWeight) -> Candidate:
         distortion = layer.distortion(packed.decode())
-        return Candidate(self.name, dict(options), packed.nbytes, distortion, packed.shared_nbytes)
+        return Candidate(self.name, dict(options), packed.nbytes, distortion, packed.shared_nbytes, form_of(packed))
 
     def fit(self, layer: LayerView, options: Mapping[str, Any], nbytes: int) -> Fit:
         """Compress towards `nbytes`. Methods with a continuous knob turn it; the others ignore the target."""

@@ -61,6 +61,17 @@ def calls(model: nn.Module, data: Any) -> list[Call]:
     return found
 
 
+def resized(call: Call, samples: int) -> Call:
+    """The call with so many samples: the first ones, or all of them over and over."""
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != call.size:
+            return value
+        return value[torch.arange(samples) % call.size]
+
+    return Call(tuple(map(cut, call.args)), {key: cut(value) for key, value in call.kwargs.items()})
+
+
 def _is_mapping(value: Any) -> bool:
     return hasattr(value, "keys") and hasattr(value, "__getitem__")  # transformers' BatchEncoding is a UserDict
 

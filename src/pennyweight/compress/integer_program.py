@@ -17,6 +17,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,7 +29,7 @@ from .hull import reduce
 from .knapsack import FloatArray, IntArray, Problem, Solution
 
 # Distortions are scaled to this size: HiGHS's absolute tolerances of 1e-6 become 1e-10 of it.
-_SCALE = 1e4
+SCALE = 1e4
 
 
 def solve_integer(
@@ -51,9 +52,9 @@ def solve_integer(
     reach = known.distortion - least
     if reach <= 0.0:
         return replace(known, lower_bound=known.distortion, fraction=None)
-    slack, scale = (budget - problem.smallest) // unit, _SCALE / reach
+    slack, scale = (budget - problem.smallest) // unit, SCALE / reach
     usable = np.flatnonzero(extra <= slack)
-    position, bound = _solve(problem, usable, excess * scale, extra, slack, 0.0, mip_rel_gap, time_limit)
+    position, bound = minimise(problem, usable, excess * scale, [Row(extra, slack)], mip_rel_gap, time_limit)
     bound = max(known.lower_bound, least + bound / scale)
     if position is None or problem.distortion_at(position) > known.distortion:
         return replace(known, lower_bound=min(bound, known.distortion), fraction=None)
@@ -83,17 +84,9 @@ def smallest_cost(
     excess, extra, unit = _above_best(problem)
     room = max(limit - least, 0.0)
     usable = np.flatnonzero(excess <= room + tolerance)
-    scale = _SCALE / (room + tolerance or 1.0)
-    position, bound = _solve(
-        problem,
-        usable,
-        extra.astype(np.float64),
-        excess * scale,
-        room * scale,
-        tolerance * scale,
-        mip_rel_gap,
-        time_limit,
-    )
+    scale = SCALE / (room + tolerance or 1.0)
+    within = Row(excess * scale, room * scale, tolerance * scale)
+    position, bound = minimise(problem, usable, extra.astype(np.float64), [within], mip_rel_gap, time_limit)
     if position is None:
         position = known
     cost = problem.cost_at(position)
@@ -109,23 +102,30 @@ def _above_best(problem: Problem) -> tuple[FloatArray, IntArray, int]:
     return excess, extra // unit, unit
 
 
-def _solve(
+class Row(NamedTuple):
+    """A constraint: the sum of `weight` [n] over the candidates taken is at most limit + tolerance."""
+
+    weight: IntArray | FloatArray
+    limit: float
+    tolerance: float = 0.0
+
+
+def minimise(
     problem: Problem,
     usable: IntArray,
     objective: FloatArray,
-    weight: IntArray | FloatArray,
-    limit: float,
-    tolerance: float,
+    rows: Sequence[Row],
     mip_rel_gap: float,
     time_limit: float | None,
 ) -> tuple[IntArray | None, float]:
-    """Minimise `objective` [n] over one of the `usable` candidates a layer, sum of `weight` [n] <= limit + tolerance.
+    """Minimise `objective` [n] over one of the `usable` candidates a layer, within the rows.
 
     Returns positions [layers], None where HiGHS found none in time, and a lower bound on the objective.
     """
     variables, layers = usable.size, problem.start.size
     one_each = csr_array((np.ones(variables), (problem.layer[usable], np.arange(variables))), shape=(layers, variables))
-    within = csr_array(weight[usable].astype(np.float64)[None, :])
+    within = csr_array(np.stack([row.weight[usable].astype(np.float64) for row in rows]))
+    limits = np.array([row.limit for row in rows], dtype=np.float64)
     options = {"mip_rel_gap": mip_rel_gap} | ({} if time_limit is None else {"time_limit": time_limit})
     bound = None
     while True:
@@ -134,7 +134,10 @@ def _solve(
                 objective[usable],
                 integrality=np.ones(variables),
                 bounds=Bounds(0, 1),
-                constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(within, -np.inf, limit)],
+                constraints=[
+                    LinearConstraint(one_each, 1, 1),
+                    *(LinearConstraint(within[[at]], -np.inf, float(limit)) for at, limit in enumerate(limits)),
+                ],
                 options=options,
             )
         if bound is None:
@@ -142,10 +145,10 @@ def _solve(
         position = usable[:0] if result.x is None else usable[result.x > 0.5]
         if position.size != layers:
             return None, bound
-        overrun = weight[position].sum() - limit
-        if overrun <= tolerance:
+        overrun = np.array([row.weight[position].sum() - limit for row, limit in zip(rows, limits)])
+        if (overrun <= [row.tolerance for row in rows]).all():
             return position, bound
-        limit -= overrun  # a variable may end at 1 - 1e-6 and count as 1
+        limits -= overrun.clip(min=0)  # a variable may end at 1 - 1e-6 and count as 1
 
 
 @contextlib.contextmanager

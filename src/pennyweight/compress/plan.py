@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import PlanError, UnknownNameError
-from .budget import parse_size
+from .budget import parse_latency, parse_size, time_text
 
 _HEADER = """\
 # A pennyweight plan: what becomes of every layer.{summary}
@@ -41,8 +41,11 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "original_bytes": (int, type(None)),
     "solver": str,
     "seed": int,
+    "latency": (int, float, str, type(None)),
+    "latency_batch": (int, type(None)),
+    "rest_microseconds": (int, float, type(None)),
 }
-_YAML_NAMES = {int: "a whole number", str: "text", dict: "a mapping", type(None): "null"}
+_YAML_NAMES = {int: "a whole number", float: "a number", str: "text", dict: "a mapping", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,15 @@ class SplitChoice:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one layer. nbytes, distortion: predictions, None where unknown (the plan was edited)."""
+    """What becomes of one layer. nbytes, distortion and (for a latency) microseconds in one forward: predictions, None
+    where unknown (the plan was edited)."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     nbytes: int | None = None
     distortion: float | None = None
     split: SplitChoice | None = None
+    microseconds: float | None = None
 
     @property
     def label(self) -> str:
@@ -100,7 +105,8 @@ class Plan:
     choices: by layer name. budget: bytes of all files, None if unlimited. overhead: bytes in those files that are not
     layer blobs (other tensors, headers, config). solver: what found it. frontier: (total bytes, distortion) of the best
     plans at other sizes, largest first. original_bytes: of the uncompressed model. layers: what they were. seed: of the
-    run that made the plan.
+    run that made the plan. latency: seconds the model may take on latency_batch samples (None: the first batch of the
+    data), None if it was not asked; rest_microseconds: what of it does not go to layers.
     """
 
     choices: dict[str, Choice]
@@ -111,6 +117,9 @@ class Plan:
     original_bytes: int | None = None
     layers: dict[str, LayerInfo] = field(default_factory=dict)
     seed: int = 0
+    latency: float | None = None
+    latency_batch: int | None = None
+    rest_microseconds: float | None = None
 
     @property
     def total(self) -> int | None:
@@ -123,6 +132,12 @@ class Plan:
         """Sum of the layers' distortions; None if some layer's is unknown."""
         values = [c.distortion for c in self.choices.values()]
         return None if None in values else math.fsum(v for v in values if v is not None)
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted time of the model; None without a latency, or if some layer's time is unknown."""
+        parts = [self.rest_microseconds, *(c.microseconds for c in self.choices.values())]
+        return None if None in parts else math.fsum(p for p in parts if p is not None) / 1e6
 
     def validate(
         self, model_layer_names: Iterable[str], known_methods: Iterable[str] | Mapping[str, Iterable[str]]
@@ -168,6 +183,9 @@ class Plan:
             choice = self.choices.get(name)
             if choice is not None and (choice.nbytes is not None or choice.distortion is not None):
                 entry |= {"choice": choice.line, "bytes": choice.nbytes, "distortion": choice.distortion}
+                if choice.microseconds is not None:
+                    entry["microseconds"] = choice.microseconds
+        timed = {key: getattr(self, key) for key in ("latency", "latency_batch", "rest_microseconds")}
         return {
             "pennyweight_plan": 1,
             "budget": self.budget,
@@ -175,6 +193,7 @@ class Plan:
             "original_bytes": self.original_bytes,
             "solver": self.solver,
             "seed": self.seed,
+            **(timed if self.latency is not None else {}),
             "total": self.total,
             "distortion": self.distortion,
             "layers": {name: choice.line for name, choice in self.choices.items()},
@@ -189,6 +208,8 @@ class Plan:
         summary = ""
         if total is not None and distortion is not None:
             summary = f"\n# {len(self.choices)} layers, {total:,} bytes in all, distortion {distortion:.6g}."
+        if self.seconds is not None:
+            summary += f" Predicted: {time_text(self.seconds)}; latency is in seconds, or text such as 3ms."
         lines = [_HEADER.format(summary=summary)]
         for key, value in values.items():
             if isinstance(value, dict) and value:
@@ -217,6 +238,8 @@ class Plan:
         fields = {key: _typed(values[key], kind, f"`{key}`") for key, kind in _KEYS.items() if key in values}
         if isinstance(fields.get("budget"), str):
             fields["budget"] = parse_size(fields["budget"])
+        if fields.get("latency") is not None:
+            fields["latency"] = parse_latency(fields["latency"])
         lines = _typed(values["layers"], dict, "`layers`")
         measured = _typed(values.get("measured") or {}, dict, "`measured`")
         choices = {_typed(name, str, "layer name"): _read_choice(name, line) for name, line in lines.items()}
@@ -228,6 +251,7 @@ class Plan:
                         choices[name],
                         nbytes=_maybe(int, entry["bytes"]),
                         distortion=_maybe(float, entry["distortion"]),
+                        microseconds=_maybe(float, entry.get("microseconds")),
                     )
                 if "shape" in entry:
                     shape = tuple(int(n) for n in entry["shape"])
@@ -266,13 +290,19 @@ class Plan:
         table.add_column("bytes", _number(self.total), justify="right")
         table.add_column("bits/weight", justify="right")
         table.add_column("distortion", _number(self.distortion), justify="right")
+        timed = self.latency is not None
+        if timed:
+            table.add_column("µs", _number(_maybe(lambda s: round(1e6 * s), self.seconds)), justify="right")
         for name, choice in self.choices.items():
             info = self.layers.get(name)
             weights = math.prod(info.shape) if info else 0
             bits = f"{8 * choice.nbytes / weights:.2f}" if choice.nbytes is not None and weights else "?"
             shape = "x".join(map(str, info.shape)) if info else "?"
             becomes = escape(choice.label)  # names may contain what rich takes for markup
-            table.add_row(escape(name), shape, becomes, _number(choice.nbytes), bits, _number(choice.distortion))
+            cells = [escape(name), shape, becomes, _number(choice.nbytes), bits, _number(choice.distortion)]
+            table.add_row(*cells, *([_number(choice.microseconds)] if timed else []))
+        if timed:
+            table.add_row("[dim]all else[/]", "", "", f"{self.overhead:,}", "", "", _number(self.rest_microseconds))
         return table
 
     def __str__(self) -> str:

@@ -24,17 +24,17 @@ from ..errors import BudgetError, DataError, UnknownNameError, WeightError, warn
 from ..layers.packed import install, packed_blobs, set_memory
 from ..layers.sites import WeightSite, weight_sites
 from .allocate import allocate
-from .budget import Budget
+from .budget import Budget, parse_latency
 from .contract import Candidate, compressor, sample_rows
 from .data import Call, Output, calls, output_tensor
-from .entropy_gptq import STEPS
 from .folding import fold_batch_norm
+from .latency import Promise, Times, keep_promise, measure
 from .norms import correct_bias
 from .observe import Loss, Observation, observe, weight_only_view
-from .packing import is_adjustable, pack
-from .plan import Choice, LayerInfo, Plan
-from .realise import Realised, quantise_inputs, realise
+from .plan import LayerInfo, Plan
+from .realise import quantise_inputs, realise
 from .recover import recover as distil
+from .settle import knobs_of, settle
 
 #: What competes by default, and what a preset allows.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -45,10 +45,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 #: Layers larger than this are priced on a sample of their rows.
 SAMPLE_VALUES = 1 << 17
-
-_SETTLE_ROUNDS = 6
-#: What takes up the slack of a plan in which no layer can take any size.
-_FILLER = "entropy-gptq"
 
 Progress = Callable[[str, int, int], None]
 
@@ -62,11 +58,13 @@ class Record:
     """What is known of a shrunk model: kept on it for report and save.
 
     plan: as carried out, with real bytes. size: bytes of the files. recovered: loss before and after recovery, if any.
+    promise: the latency asked for and the one measured, if any.
     """
 
     plan: Plan
     size: int
     recovered: tuple[float, float] | None = None
+    promise: Promise | None = None
 
 
 @dataclasses.dataclass
@@ -94,6 +92,8 @@ def plan(
     size: int | str | None = None,
     bits: float | None = None,
     ratio: float | None = None,
+    latency: float | str | None = None,
+    latency_batch: int | None = None,
     data: Any = None,
     methods: Sequence[str] | None = None,
     preset: str = "balanced",
@@ -107,15 +107,20 @@ def plan(
     """A dry run: what each layer would become, the size, the expected distortion, the whole frontier.
 
     One of size ("7MB", bytes), bits (average per parameter, everything counted) and ratio names the budget of the
-    written files (model.safetensors and config.json). data: calibration batches (see `calls`), None for data-free.
+    written files (model.safetensors and config.json). latency ("3ms", seconds), alone or with one of them: the time one
+    forward of the packed model may take here, running with memory="low" on the first batch of the data, or on
+    latency_batch samples of it; layers are timed in all formats for that, unless they were before. data: calibration
+    batches (see `calls`), None for data-free.
     methods: names that may compete (see `pennyweight methods`); preset: a list of them. distortion: "output", "loss" or
     "layer" (see `observe`). output: function(result, call) -> tensor, what of the model's output matters.
     The model is not changed. Raises BudgetError, DataError, WeightError, UnknownNameError.
     """
     job = _prepare(model, data)
+    budget = _budget(job, size, bits, ratio, latency)
+    times = None if latency is None else measure(job.reference, job.batches, latency, latency_batch, progress)
     observation = _observe(job, distortion, loss, output, seed, progress)
     offers = _offers(job, observation, _methods(methods, preset, job), progress)
-    return _allocate(job, observation, offers, _budget(job, size, bits, ratio), solver, seed)
+    return _allocate(job, observation, offers, budget, solver, seed, times)
 
 
 def shrink(
@@ -124,6 +129,8 @@ def shrink(
     size: int | str | None = None,
     bits: float | None = None,
     ratio: float | None = None,
+    latency: float | str | None = None,
+    latency_batch: int | None = None,
     plan: Plan | None = None,
     data: Any = None,
     methods: Sequence[str] | None = None,
@@ -141,23 +148,29 @@ def shrink(
 ) -> nn.Module:
     """The best network of a size: a packed copy of the model whose saved files fit the budget and use 99 % of it.
 
-    Arguments as for `plan`; or plan=, a (perhaps edited) plan to carry out. sequential: recalibrate each layer on
+    Arguments as for `plan`; or plan=, a (perhaps edited) plan to carry out. With a latency, bytes of the budget that
+    time forbids to use are left, the model comes back with memory="low", and a warning tells if it turns out more than
+    10 % slower than promised. sequential: recalibrate each layer on
     inputs from the layers already compressed. activations: bits of the inputs of Linear and convolution layers,
     quantised per tensor with ranges from the data (None: left alone). recover: optimizer steps of label-free
     distillation against the original, on recover_data (more batches like data; data itself if None).
     Raises BudgetError (with the smallest reachable size), DataError, WeightError, PlanError, UnknownNameError.
     """
     job = _prepare(model, data)
+    times = None
+    if latency is not None and plan is None:
+        times = measure(job.reference, job.batches, latency, latency_batch, progress)
     observation = _observe(job, distortion, loss, output, seed, progress)
     if plan is None:
+        budget = _budget(job, size, bits, ratio, latency)
         offers = _offers(job, observation, _methods(methods, preset, job), progress)
-        plan = _allocate(job, observation, offers, _budget(job, size, bits, ratio), solver, seed)
+        plan = _allocate(job, observation, offers, budget, solver, seed, times)
         del offers
     else:
-        plan = _adopt(plan, job, size, bits, ratio)
+        plan = _adopt(plan, job, size, bits, ratio, latency)
     small = _twin(job)
     sites = weight_sites(small)
-    knobs = _knobs(plan, sites)
+    knobs = knobs_of(plan, sites)
     done = realise(
         small,
         job.reference,
@@ -178,7 +191,7 @@ def shrink(
     at_sites = {id(site.parameter) for site in sites}
     halve(p for p in small.parameters() if id(p) not in at_sites)
     originals = dict(job.reference.named_parameters())
-    size_now = _settle(small, originals, sites, plan, done, knobs, trained=False)
+    size_now = settle(small, originals, sites, plan, done, knobs, trained=False)
     recovered = None
     if recover:
         for site in knobs:
@@ -196,12 +209,15 @@ def shrink(
             seed=seed,
             progress=progress,
         )
-        size_now = _settle(small, originals, sites, plan, done, knobs, trained=recovered[1] < recovered[0])
+        size_now = settle(small, originals, sites, plan, done, knobs, trained=recovered[1] < recovered[0])
     small = install(small, done.packed)
-    set_memory(small, "fast")
+    promise = None
+    if plan.latency is not None and job.batches:
+        promise = keep_promise(small, job.batches, plan.latency, latency_batch or plan.latency_batch)
+    set_memory(small, "fast" if plan.latency is None else "low")
     round_to_stored(small)
     final = dataclasses.replace(plan, choices={site.name: done.choices[site.name] for site in sites})
-    small._pennyweight = Record(final, size_now, recovered=recovered)  # type: ignore[assignment]
+    small._pennyweight = Record(final, size_now, recovered, promise)  # type: ignore[assignment]
     return small
 
 
@@ -284,7 +300,12 @@ def _offers(
     return offers
 
 
-def _budget(job: _Job, size: int | str | None, bits: float | None, ratio: float | None) -> int:
+def _budget(
+    job: _Job, size: int | str | None, bits: float | None, ratio: float | None, latency: float | str | None
+) -> int | None:
+    """Bytes; None where only time is limited."""
+    if latency is not None and size is None and bits is None and ratio is None:
+        return None
     return Budget.parse(size, bits, ratio, n_parameters=job.parameters, original_bytes=job.original_bytes)
 
 
@@ -292,20 +313,23 @@ def _allocate(
     job: _Job,
     observation: Observation,
     offers: Mapping[str, list[Candidate]],
-    budget: int,
+    budget: int | None,
     solver: str,
     seed: int,
+    times: Times | None,
 ) -> Plan:
     rows = {site.name: site.view.matrix_shape[0] for site in job.sites}
     smallest = job.overhead({name: min(c.nbytes for c in found) for name, found in offers.items()})
-    plan = allocate(offers, budget, smallest, solver, rows=rows)  # a BudgetError names what is truly the least
+    # A BudgetError of the first names what is truly the least.
+    plan = allocate(offers, budget, smallest, solver, rows=rows, times=times)
     overhead = job.overhead({name: choice.nbytes or 0 for name, choice in plan.choices.items()})
     kept = {name: [c for c in found if c.method == "dense"] for name, found in offers.items()}
     dense = {name: found[0].nbytes for name, found in kept.items() if found}
-    if len(dense) == len(kept) and job.overhead(dense) + sum(dense.values()) <= budget:
-        offers = kept  # nothing has to be lost
+    in_time = times is None or sum(float(taken.min()) for taken in times.of(kept)) <= times.limit
+    if budget is not None and in_time and len(dense) == len(kept):
+        offers = kept if job.overhead(dense) + sum(dense.values()) <= budget else offers  # nothing has to be lost
     with contextlib.suppress(BudgetError):  # so near the least that the larger header does not fit
-        plan = allocate(offers, budget, overhead, solver, rows=rows)
+        plan = allocate(offers, budget, overhead, solver, rows=rows, times=times)
     plan.original_bytes, plan.seed = job.original_bytes, seed
     plan.layers = {
         site.name: LayerInfo(
@@ -319,8 +343,15 @@ def _allocate(
     return plan
 
 
-def _adopt(plan: Plan, job: _Job, size: int | str | None, bits: float | None, ratio: float | None) -> Plan:
-    """A plan given by the user, checked against the model; a budget given beside it replaces the plan's."""
+def _adopt(
+    plan: Plan,
+    job: _Job,
+    size: int | str | None,
+    bits: float | None,
+    ratio: float | None,
+    latency: float | str | None,
+) -> Plan:
+    """A plan given by the user, checked against the model; a budget or latency given beside it replaces the plan's."""
     options = {
         entry.name: [
             name for name in inspect.signature(entry.target.compress).parameters if name not in ("self", "layer")
@@ -329,87 +360,7 @@ def _adopt(plan: Plan, job: _Job, size: int | str | None, bits: float | None, ra
     }
     plan.validate([site.name for site in job.sites], options)
     if any(value is not None for value in (size, bits, ratio)):
-        plan = dataclasses.replace(plan, budget=_budget(job, size, bits, ratio))
+        plan = dataclasses.replace(plan, budget=_budget(job, size, bits, ratio, None))
+    if latency is not None:
+        plan = dataclasses.replace(plan, latency=parse_latency(latency))
     return plan
-
-
-def _knobs(plan: Plan, sites: Sequence[WeightSite]) -> list[WeightSite]:
-    """The layers whose size is settled last, in order.
-
-    First the one with most bytes among those that can take (nearly) any size; then, for what it cannot take, the
-    largest and the smallest of those that cannot, but may be made anew by a method that can.
-    """
-    able, others = [], []
-    for site in sites:
-        choice = plan.choices[site.name]
-        if is_adjustable(choice.method) or choice.split is not None:
-            able.append((choice.nbytes or site.parameter.numel(), site.name, site))
-        elif choice.method != "dense":
-            others.append((site.parameter.numel(), site.name, site))
-    chosen = [max(able)] if able else []
-    if others:
-        chosen += [max(others), min(others)]
-    return list({name: site for _, name, site in chosen}.values())
-
-
-def _turn(done: Realised, name: str, slack: int) -> bool:
-    """Make one layer anew, larger by at most `slack` bytes (smaller by as many, if negative); whether that was done."""
-    choice, nbytes, view = done.choices[name], done.nbytes[name], done.views[name]
-    target = nbytes + slack - (8 if slack < 0 else 0)
-    if target < 16:
-        return False
-    able = is_adjustable(choice.method) or choice.split is not None
-    if not able:
-        if slack < 0:
-            return False
-        choice = Choice(_FILLER, {"step": STEPS[0]})
-    packed, made = pack(view, dataclasses.replace(choice, nbytes=target))
-    distortion = view.distortion(packed.decode())
-    if slack > 0 and not nbytes < packed.nbytes <= target:
-        return False
-    if not able and distortion > (done.choices[name].distortion or math.inf):
-        return False  # more bytes, but for less
-    done.packed[name] = packed
-    done.choices[name] = dataclasses.replace(made, distortion=distortion)
-    return True
-
-
-def _settle(
-    small: nn.Module,
-    originals: Mapping[str, nn.Parameter],
-    sites: Sequence[WeightSite],
-    plan: Plan,
-    done: Realised,
-    knobs: Sequence[WeightSite],
-    trained: bool,
-) -> int:
-    """Bring the files to the budget: never above it, a fraction of a percent below at most. Returns their size.
-
-    originals: parameters before they were mended, put back where that alone makes the files fit. trained: codes come
-    from recovery and are only touched if the files would not fit.
-    """
-
-    def total() -> int:
-        return predict_bytes(small, done.nbytes)
-
-    budget = plan.budget
-    if budget is None:
-        return total()
-    for knob in knobs:
-        for _ in range(_SETTLE_ROUNDS):
-            slack = budget - total()
-            if 0 <= slack <= max(0.001 * budget, 8) or (trained and slack >= 0) or not _turn(done, knob.name, slack):
-                break
-    if total() > budget:  # mended biases and norms may compress a little worse than the original ones
-        packed_already = {id(s.parameter) for s in sites}
-        with torch.no_grad():
-            for name, parameter in small.named_parameters():
-                if id(parameter) not in packed_already and name in originals:
-                    parameter.copy_(originals[name])
-    size = total()
-    if size > budget:
-        raise BudgetError(
-            f"the layers came out at {size:,} bytes, over the budget of {budget:,}, and no method can be adjusted; "
-            "allow entropy-gptq or raise the budget"
-        )
-    return size

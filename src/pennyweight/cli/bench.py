@@ -1,0 +1,125 @@
+"""pennyweight bench ...: measurements on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from ..artifact import CONFIG
+from ..bench.here import Bench, Timed, time_here
+from ..layers.forms import ORIGINAL, SPLIT, Form
+from .screen import Json, Quiet, Screen
+from .shrinking import Data
+from .sources import Source, load_packed, load_source, some_data
+
+app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Measure on this machine."""  # with one command alone, typer would leave out its name
+
+
+@app.command()
+def here(
+    model: Annotated[str, typer.Argument(help="MODEL as for shrink, or a directory that shrink wrote.")],
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Rows given to each layer, several times if you like: 1 and 32.")
+    ] = None,
+    data: Data = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The module:factory of a shrunk model that is not transformers'.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what was measured before.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What each layer takes here in each format, and which formats make it slower."""
+    screen = Screen(as_json, quiet)
+    with screen.working() as progress:
+        source = load_model(model, reference)
+        found = time_here(source.model, some_data(data, source), batch or [1, 32], fresh, progress)
+    if as_json:
+        screen.json(found.to_dict())
+        return
+    facts = found.machine
+    screen.line(
+        f"[bold]{escape(source.name)}[/] on {escape(str(facts['processor']))}, {facts['instruction_set']}, "
+        f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}, torch {escape(facts['torch'])}"
+    )
+    for size in dict.fromkeys(row.batch for row in found.rows):
+        screen.show(_table(found, size))
+    screen.line("Microseconds a call and, below, times those of the layer as it is; [red]slower ones are red[/].")
+    if found.left_out:
+        names = ", ".join(found.left_out[:5]) + (", ..." if len(found.left_out) > 5 else "")
+        screen.note(f"not reached by the data and not timed: {names}")
+    screen.line(f"[dim]Kept in {escape(found.cache)}[/]")
+
+
+def load_model(name: str, reference: str | None) -> Source:
+    """MODEL, or a shrunk model. reference: MODEL that makes the latter."""
+    if _is_packed(Path(name)):
+        return load_packed(Path(name), None if reference is None else load_source(reference))
+    return load_source(name)
+
+
+def _is_packed(directory: Path) -> bool:
+    """Whether pennyweight wrote that directory."""
+    try:
+        return json.loads((directory / CONFIG).read_bytes())["quantization_config"]["quant_method"] == "pennyweight"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _table(found: Bench, size: int) -> Table:
+    """A row a format, a column a layer."""
+    rows = [row for row in found.rows if row.batch == size]
+    table = Table(title=f"{size} row{'s' if size != 1 else ''}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("format", no_wrap=True)
+    for row in rows:
+        count = f"{len(row.layers)} x " if len(row.layers) > 1 else ""
+        table.add_column(f"{count}{row.kind}\n{'x'.join(map(str, row.shape))}", justify="right")
+    for title, forms in _titles(rows).items():
+        table.add_row(title, *(_cell(row, next((f for f in forms if f in row.microseconds), None)) for row in rows))
+    return table
+
+
+def _cell(row: Timed, form: Form | None) -> str:
+    if form is None:
+        return ""
+    taken = f"{row.microseconds[form]:,.0f}" if row.microseconds[form] >= 10 else f"{row.microseconds[form]:.1f}"
+    if form == ORIGINAL:
+        return taken
+    colour = "red" if row.ratio(form) > 1 else "green"
+    return f"{taken}\n[{colour}]{row.ratio(form):.2f}[/]"
+
+
+def _titles(rows: list[Timed]) -> dict[str, list[Form]]:
+    """What a format is called -> its forms in the columns, which may differ in numbers of groups and ranks."""
+    titles: dict[str, list[Form]] = {}
+    for row in sorted(rows, key=lambda row: -len(row.microseconds)):  # the fullest column sets the order
+        ranks = sorted(form.at for form in row.microseconds if form.family == "lowrank" and form.at)
+        for form in row.microseconds:
+            titles.setdefault(_title(form, ranks), []).append(form)
+    return titles
+
+
+def _title(form: Form, ranks: list[float]) -> str:
+    if form.family == "lowrank":
+        return "lowrank, rank 0" if not form.at else f"lowrank, side/{8 if form.at == ranks[-1] else 32}"
+    if form.family in ("int1", "int2", "int3", "int4", "int8", "binary"):
+        name = form.family if form.family == "binary" else f"int, {form.family[3:]} bit"
+        return name + ("" if form.at == 1 else ", groups")
+    if form.family == "codebook":
+        return f"codebook of {1 / form.at:g}s"
+    if form.family == "sparse":
+        return f"sparse, {'half' if form.at > 0.3 else 'a tenth'}"
+    return {ORIGINAL: "float32 (as it is)", SPLIT: "split, 3 and 4 bit", Form("decoded"): "int, 12 bit"}.get(
+        form, form.family
+    )
