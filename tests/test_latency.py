@@ -321,35 +321,47 @@ def test_a_latency_needs_data_and_sense():
         pw.plan(mlp(), latency="1ms", size=9000, bits=3, data=DATA)
 
 
-def test_the_rest_is_what_the_layers_leave(monkeypatch):
-    """The real function on a made-up clock: the whole takes 100, layers 20, 30 and 20, the second of them twice."""
+def test_the_rest_is_what_is_spent_outside_the_layers(monkeypatch):
+    """The real function on a clock that ticks 10 microseconds in a layer and 5 outside."""
     monkeypatch.undo()
     from pennyweight.compress.data import Call
     from pennyweight.timing_cache import TimingCache
 
-    class Twice(nn.Module):
+    now, asked = [0.0], []
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            now[0] += 10e-6
+            return super().forward(x)
+
+    class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 5)
+            self.a, self.b = Slow(4, 4), Slow(4, 4)
 
         def forward(self, x):
-            return self.c(self.b(self.a(x)))  # b and c are alike
+            x = self.b(self.a(self.a(x)))
+            now[0] += 5e-6
+            return x
 
-    asked = []
-
-    def clock(runs, *_, **__):
+    def median_seconds(runs, *_, **__):
         asked.append(len(runs))
-        return [100e-6, 20e-6, 30e-6]
+        before = now[0]
+        runs[0]()
+        whole = now[0] - before
+        runs[1]()
+        return [whole, 2 * whole]  # what clocks cost does not count
 
-    monkeypatch.setattr(layer_times, "median_seconds", clock)
-    model, call = Twice(), Call((torch.zeros(2, 4),))
+    monkeypatch.setattr(layer_times, "median_seconds", median_seconds)
+    monkeypatch.setattr(layer_times.time, "perf_counter", lambda: now[0])
+    model, call = Model(), Call((torch.zeros(2, 4),))
     cache = TimingCache(fresh=True)
     monkeypatch.setattr(cache, "save", lambda: None)
     layers = layer_times.find_layers(model, call)
     for _ in range(2):
         whole, rest = layer_times.whole_and_rest(model, layers, call, cache)
-        assert (whole, rest) == (pytest.approx(100), pytest.approx(20))
-    assert asked == [3]  # once, all in turn
+        assert (whole, rest) == (pytest.approx(35), pytest.approx(5))
+    assert asked == [2]  # once
 
 
 def test_the_command_line_takes_a_latency(here, clock):

@@ -110,6 +110,6 @@ class TimingCache:
 
 def _times(values: Mapping[str, Any]) -> dict[Form, float]:
     times = {Form.of_text(text): float(value) for text, value in values.items()}
-    if not times or not all(math.isfinite(t) for t in times.values()):
+    if not times or not all(math.isfinite(t) and t >= 0 for t in times.values()):
         raise ValueError("a time is missing or makes no sense")
     return times

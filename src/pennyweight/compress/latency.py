@@ -2,8 +2,7 @@
 
     time = rest + sum over layers of the measured time of what the layer's candidate runs as
 
-rest is the whole original forward less its layers, each measured alone (below zero where they run faster together, as
-caches are warm), so that the sum is right for the model as it was; forms and their interpolation: layers/forms.py.
+rest is what the original's forward spends outside its layers; forms and their interpolation: layers/forms.py.
 The model is run on one batch, and what is predicted is the time of that batch with memory="low".
 """
 
