@@ -4,7 +4,8 @@
     python benchmarks/kernels.py --side 1024 --rounds 3 --skip-minilm   # a look
 
 1. Products of a square weight with one row of inputs (decode) and with many (batch). All contenders take turns, round
-   by round, so that each finds in the cache what the others left; cells are medians over rounds. `bandwidth` is the
+   by round; cells are medians over rounds. Decode is measured with what the caches hold after a run of the same product
+   (warm: a small model stays there) and with caches emptied (cold: a large one does not). `bandwidth` is the
    bytes of the weight over the time, as a share of what reading a large tensor reaches here; `operations` the
    multiplications over the time, as a share of what PyTorch's float32 product of large matrices reaches.
 2. The sentence encoder that `pennyweight demo` makes, with memory="low": milliseconds a sentence and resident memory
@@ -124,15 +125,20 @@ def onnx_product(x: np.ndarray, side: int, bits: int) -> tuple[Product | None, i
     return lambda: session.run(None, {"x": x}), codes.nbytes + scale.nbytes
 
 
-def medians(made: dict[str, Product], rounds: int) -> dict[str, float]:
-    """Median seconds of each, all taking turns."""
+def medians(made: dict[str, Product], rounds: int, cold: bool = False) -> dict[str, float]:
+    """Median seconds of each, all taking turns. cold: with caches emptied before each run; else runs follow each other,
+    four a turn, of which the first does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in made}
-    for turn in range(rounds + 1):
+    sweep = torch.ones(1 << 24)  # 64 MB, more than the caches hold
+    for _ in range(rounds):
         for name, run in made.items():
-            start = time.perf_counter()
-            run()
-            if turn:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
+            for turn in range(2 if cold else 4):
+                if cold:
+                    sweep.add_(1.0)
+                start = time.perf_counter()
+                run()
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
@@ -259,10 +265,10 @@ def main() -> int:
     with torch.inference_mode():
         limits = ceilings(args.rounds)
         tables, met, values = [], [], {}
-        for n, goals in ((1, DECODE_GOALS), (args.batch, BATCH_GOALS)):
+        for n, cold, goals in ((1, False, DECODE_GOALS), (1, True, {}), (args.batch, False, BATCH_GOALS)):
             made, nbytes = products(args.side, n)
-            taken = medians(made, args.rounds if n == 1 else max(3, args.rounds // 3))
-            shape = f"{n} x {args.side} x {args.side}"
+            taken = medians(made, args.rounds if n == 1 else max(3, args.rounds // 3), cold)
+            shape = f"{n} x {args.side} x {args.side}, {'cold' if cold else 'warm'}"
             made_table, reached = table(shape, taken, nbytes, n * args.side**2, limits, goals)
             tables.append(made_table)
             met += reached
