@@ -125,11 +125,13 @@ class IntegerMatrix:
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             y = torch.ops.pennyweight.integer_linear(x, *self._arguments(), activation_bits)
-        else:
+        elif bias is not None and bias.requires_grad and torch.is_grad_enabled():
             y = self._linear(x, activation_bits)
+        else:
+            return self._linear(x, activation_bits, bias)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _linear(self, x: Tensor, activation_bits: int) -> Tensor:
+    def _linear(self, x: Tensor, activation_bits: int, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, self.cols).to(torch.float32)
         if activation_bits == 32:
             y = self._in_float32(flat)
@@ -139,7 +141,11 @@ class IntegerMatrix:
         else:
             y = torch.empty(flat.shape[0], self.rows)
             inputs = flat.detach().contiguous()
-            self.native.linear(inputs.numpy(), None, y.numpy(), activation_bits, torch.get_num_threads())
+            shift = None if bias is None else bias.detach().to(torch.float32).contiguous().numpy()
+            self.native.linear(inputs.numpy(), shift, y.numpy(), activation_bits, torch.get_num_threads())
+            bias = None
+        if bias is not None:
+            y += bias
         return y.view(*x.shape[:-1], self.rows).to(x.dtype)
 
     def _in_float32(self, x: Tensor) -> Tensor:

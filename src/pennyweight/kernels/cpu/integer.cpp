@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::size_t few = 4;             // inputs up to which weights are read in place, without a panel
 constexpr std::size_t chunk = 256;         // columns worked on at once
-constexpr std::size_t rows_at_once = 192;  // inputs that share a panel: their sums stay in the cache
+constexpr std::size_t rows_at_once = 96;  // inputs that share a panel: their sums stay in the cache
 
 // One block of rows against inputs first .. last-1.
 class BlockProduct {
@@ -87,21 +87,28 @@ void integer_linear(const Integers &w, const float *x, std::size_t n, const floa
     const int parts = activation_bits == 8 ? 1 : 2;
     const std::size_t padded = w.padded(), groups = w.groups();
 
-    std::vector<std::int16_t> q(n * padded);
-    std::vector<float> step(n), offset(n), total(w.minimum == nullptr ? 0 : n * groups);
-    std::vector<std::uint32_t> sum(n * groups);
-    std::vector<std::uint8_t> tables(by_table ? n * parts * padded * 8 : 0);
-    Activations a{q.data(), step.data(), sum.data(), total.empty() ? nullptr : total.data(), offset.data(), padded, groups};
+    // Kept between calls: fresh pages for every product would cost as much as a small one. All of it is written below.
+    thread_local std::vector<std::int16_t> q;
+    thread_local std::vector<float> step, offset, total;
+    thread_local std::vector<std::uint32_t> sum;
+    thread_local std::vector<std::uint8_t> table_bytes;
+    const auto room = [](auto &buffer, std::size_t size) {
+        if (buffer.size() < size) buffer.resize(size);
+        return buffer.data();
+    };
+    std::uint8_t *const tables = room(table_bytes, by_table ? n * parts * padded * 8 : 0);
+    Activations a{room(q, n * padded), room(step, n), room(sum, n * groups),
+                  w.minimum == nullptr ? nullptr : room(total, n * groups), room(offset, n), padded, groups};
     const std::size_t share = std::max<std::size_t>(1, 16384 / std::max<std::size_t>(padded, 1));
     parallel_for((n + share - 1) / share, n * padded < 65536 ? 1 : threads, [&](std::size_t i) {
         const std::size_t last = std::min(n, (i + 1) * share);
         k.quantise(w, x, i * share, last, largest, a);
         for (std::size_t m = i * share; by_table && m < last; ++m)
             for (int part = 0; part < parts; ++part)
-                k.tables(a.q + m * padded, padded, parts == 1 ? 0 : part + 1, tables.data() + (m * parts + part) * padded * 8);
+                k.tables(a.q + m * padded, padded, parts == 1 ? 0 : part + 1, tables + (m * parts + part) * padded * 8);
     });
 
-    const BlockProduct product(w, a, k, by_table ? tables.data() : nullptr, parts);
+    const BlockProduct product(w, a, k, by_table ? tables : nullptr, parts);
     const std::size_t slices = (n + rows_at_once - 1) / rows_at_once, blocks = w.blocks();
     const bool small = static_cast<double>(n) * static_cast<double>(padded) * static_cast<double>(w.rows) < 200000.0;
     parallel_for(blocks * slices, small ? 1 : threads, [&](std::size_t i) {
