@@ -135,7 +135,7 @@ def main() -> int:
         sys.exit("the compiled kernels are missing; there is nothing to measure")
     instructions = args.instructions or kernels._cpu.instruction_sets()[-1]
     kernels._cpu.use(instructions)
-    kept = common.Kept("kernels_binary", args.resume)
+    kept = common.Kept("kernels-binary", args.resume)
     setting = f"{args.threads} threads, {instructions}, {args.rounds} rounds"
     layers: list[tuple[str, Callable[[], Ways], int, dict[str, float]]] = [
         (
@@ -172,7 +172,7 @@ def main() -> int:
         values=values,
         ok=all(met),
     )
-    return common.finish("kernels_binary", result, args)
+    return common.finish("kernels-binary", result, args)
 
 
 if __name__ == "__main__":
