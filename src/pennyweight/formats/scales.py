@@ -7,6 +7,7 @@ Both are exact: what `round_values` returns is what a reader of the file compute
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -142,10 +143,7 @@ class Log8Values:
         return self._values(self.codes[index])
 
     def _values(self, codes: Tensor) -> Tensor:
-        step = np.arange(LOG_RANGE + 1)
-        with np.errstate(over="ignore"):  # steps that no code takes may lie beyond float32
-            table = np.ldexp(np.float32(self.base) * ROOTS[step % STEPS], step // STEPS)
-        return torch.from_numpy(np.append(np.float32(0), table)).to(codes.device)[codes.to(torch.int32)]
+        return _log8_table(self.base).to(codes.device)[codes.to(torch.int32)]
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.codes.to(device), self.base)
@@ -168,6 +166,15 @@ class Log8Values:
         if not bool(torch.isfinite(values.all()).all()):
             raise ArtifactError("a packed weight holds scales that are not finite; the file is damaged")
         return values
+
+
+@functools.lru_cache(256)
+def _log8_table(base: float) -> Tensor:
+    """float32 [256]: the value of each code."""
+    step = np.arange(LOG_RANGE + 1)
+    with np.errstate(over="ignore"):  # steps that no code takes may lie beyond float32
+        table = np.ldexp(np.float32(base) * ROOTS[step % STEPS], step // STEPS)
+    return torch.from_numpy(np.append(np.float32(0), table))
 
 
 Values = Float16Values | Log8Values
