@@ -44,13 +44,13 @@ bench: $(VENV)/.installed
 
 # The kernels of every x86 instruction set, run by emulation on whatever processor there is (needs Debian's libsimde-dev).
 emulate: $(VENV)/.installed
-	$(BIN)/cmake -S . -B build/emulated -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(BIN)/python -DPENNYWEIGHT_EMULATED=ON
+	$(BIN)/cmake -S . -B build/emulated -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN))/python -DPENNYWEIGHT_EMULATED=ON
 	$(BIN)/cmake --build build/emulated
 	$(BIN)/python tests/other_build.py build/emulated/_cpu*.so $(KERNEL_TESTS)
 
 # The kernels with every access and overflow checked (needs GCC's or Clang's sanitizers).
 sanitize: $(VENV)/.installed
-	$(BIN)/cmake -S . -B build/sanitized -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(BIN)/python -DPENNYWEIGHT_SANITIZE=address,undefined
+	$(BIN)/cmake -S . -B build/sanitized -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN))/python -DPENNYWEIGHT_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitized
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/other_build.py build/sanitized/_cpu*.so $(KERNEL_TESTS)
