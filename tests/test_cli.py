@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import pennyweight as pw
+from pennyweight import kernels
 from pennyweight.bench.demo import demonstrate
 from pennyweight.bench.fidelity import embedding_fidelity, output_fidelity
 from pennyweight.cli import app
@@ -291,3 +292,13 @@ def test_progress_bars_wait_and_quiet_ones_never_show(monkeypatch):
             progress("observe", 1, 2)
             progress("observe", 2, 2)
         assert ("reading calibration data" in out.getvalue()) is drawn
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("PENNYWEIGHT_ISA", "avx3")
+    result = CliRunner().invoke(app, ["methods"])
+    if kernels.is_compiled():
+        assert result.exit_code == 2
+        assert "unknown instruction set in PENNYWEIGHT_ISA 'avx3'" in " ".join(result.stderr.split())
+    monkeypatch.setenv("PENNYWEIGHT_ISA", "plain")
+    assert CliRunner().invoke(app, ["methods"]).exit_code == 0

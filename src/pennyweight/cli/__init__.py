@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import PennyweightError
+from ..kernels import check_instruction_set
 from ..memory import return_freed_memory
 from . import bench, demonstration, looking, shrinking
 from .screen import error_line
@@ -22,6 +23,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         return_freed_memory()
         try:
+            check_instruction_set()
             return super().invoke(ctx)
         except PennyweightError as error:
             error_line(error)

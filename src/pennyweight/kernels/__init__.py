@@ -5,10 +5,12 @@ The compiled module is optional: without it everything works, slower, and says s
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
-from ..errors import warn
+from ..errors import UnknownNameError, warn
 
 try:
     from . import _cpu  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without stubs)
@@ -24,6 +26,13 @@ _told = False
 def is_compiled() -> bool:
     """Whether the compiled kernels are there."""
     return _cpu is not None
+
+
+def check_instruction_set() -> None:
+    """Raise UnknownNameError if PENNYWEIGHT_ISA names an instruction set that is not here, as their first use would."""
+    wish = os.environ.get("PENNYWEIGHT_ISA")
+    if wish and _cpu is not None and wish not in _cpu.instruction_sets():
+        raise UnknownNameError("instruction set in PENNYWEIGHT_ISA", wish, _cpu.instruction_sets())
 
 
 def feedback_block(work: Tensor, upper: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
