@@ -111,6 +111,14 @@ def test_contract(kind: str, rows: int, cols: int, seed: int) -> None:
     torch.testing.assert_close(packed.linear(x, bias), x @ matrix.T + bias, rtol=1e-4, atol=slack + 1e-4)
     assert packed.linear(x.bfloat16()).dtype == torch.bfloat16
 
+    for bits, error in ((32, 1e-5), (16, 1e-3)):
+        running = packed.for_running(bits)
+        assert running.runs and not packed.runs and running.shape == packed.shape
+        torch.testing.assert_close(running.decode(), matrix, rtol=0, atol=slack)
+        size = x.abs() @ matrix.abs().T + bias.abs() + 1e-4  # what may cancel in a sum
+        assert bool(((running.linear(x, bias) - (x @ matrix.T + bias)).abs() <= error * size + slack).all())
+    assert packed.to_bytes() == blob
+
 
 # Bits and streams -----------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ class Split(PackedWeight):
     """second_rows: one bit a row [1, rows]; the rows with 0 come in order from `first`, those with 1 from `second`."""
 
     format: ClassVar[str] = "split"
+    place: Tensor | None = None  # kept by what runs
 
     def __init__(self, second_rows: CodeMatrix, first: PackedWeight, second: PackedWeight) -> None:
         self.second_rows = second_rows
@@ -62,16 +63,23 @@ class Split(PackedWeight):
         return out
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        flags = self.second_rows.all()[0].bool()
-        y = x.new_empty(*x.shape[:-1], self.shape[0])
-        y[..., ~flags] = self.first.linear(x)
-        y[..., flags] = self.second.linear(x)
+        both = torch.cat([self.first.linear(x), self.second.linear(x)], -1)
+        y = both.index_select(-1, (self._place() if self.place is None else self.place).to(x.device))
         return y if bias is None else y + bias
+
+    def _place(self) -> Tensor:
+        """int64 [rows]: where each row stands when those of `first` come first, those of `second` behind them."""
+        flags = self.second_rows.all()[0].to(torch.int64)
+        before = flags.cumsum(0) - flags
+        return torch.where(
+            flags.bool(), self.first.shape[0] + before, torch.arange(len(flags), device=flags.device) - before
+        )
 
     def for_running(self, activation_bits: ActivationBits = 16) -> PackedWeight:
         running = super().for_running()
         assert isinstance(running, Split)
         running.first, running.second = (part.for_running(activation_bits) for part in (self.first, self.second))
+        running.place = self._place()
         return running
 
     def _write(self, writer: Writer) -> int:

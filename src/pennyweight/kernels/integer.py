@@ -80,9 +80,9 @@ class IntegerMatrix:
         """
         rows, cols = codes.shape
         padded = -(-cols // 8) * 8
-        if codes.numel() == 0 or (group % 8 and group < cols):
+        group = group if 0 < group < cols else padded
+        if codes.numel() == 0 or group % 8:
             return None
-        group = min(group, padded) or padded
         if factor == 1:
             codes, zero = codes.to(torch.int32) - zero, 0
         low, high = int(codes.min()), int(codes.max())
