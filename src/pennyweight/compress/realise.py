@@ -106,7 +106,7 @@ def realise(
             if site.name in done.packed:
                 packed = done.packed.pop(site.name)
                 done.installed[site.name] = packed.nbytes
-                install(site.module, {site.attribute: packed}, memory="low")
+                install(site.module, {site.attribute: packed}, memory="low", activation_bits=32)
                 site.parameter.data = site.parameter.new_empty(0)
             else:
                 free_decoded(site.module)

@@ -12,8 +12,8 @@ hands its input to the format.
 
 memory "fast" keeps the decoded weight after its first use, in the dtype and on the device of the module. "low" never
 holds more than a layer's: a Linear multiplies what is packed (kernels/integer.py, with its inputs quantised row by row
-to `activation_bits`), other layers decode and drop the weight when their forward ends. Blobs stay on the CPU, where
-they are decoded, wherever the module goes.
+to `activation_bits`, 16 or 8); other layers, and with 32 bits all of them, decode and drop the weight when their
+forward ends. Blobs stay on the CPU, where they are decoded, wherever the module goes.
 """
 
 from __future__ import annotations
@@ -151,9 +151,11 @@ class PackedLinear(PackedModule):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._packed_memory == "fast":
+        exact = self._packed_activation_bits == 32
+        if self._packed_memory == "fast" or (exact and torch.compiler.is_compiling()):
             return super().forward(input)
-        return self.running_weight().linear(input, self.bias)
+        weight = self.packed_weight("weight") if exact else self.running_weight()
+        return weight.linear(input, self.bias)
 
     def running_weight(self) -> PackedWeight:
         """The weight as it multiplies; it replaces the stored form, which the blob can always give again."""
@@ -315,7 +317,8 @@ def check_memory(memory: Memory, activation_bits: ActivationBits) -> None:
 def arrange(model: nn.Module) -> nn.Module:
     """Have the packed layers that multiply make ready now, rather than when they first run; returns the model."""
     for module in model.modules():
-        if isinstance(module, PackedLinear) and module._packed_memory == "low":
+        multiplies = isinstance(module, PackedLinear) and module._packed_memory == "low"
+        if multiplies and module._packed_activation_bits != 32:
             module.running_weight()
     return model
 
