@@ -317,8 +317,9 @@ def check_memory(memory: Memory, activation_bits: ActivationBits) -> None:
 def arrange(model: nn.Module) -> nn.Module:
     """Have the packed layers that multiply make ready now, rather than when they first run; returns the model."""
     for module in model.modules():
-        multiplies = isinstance(module, PackedLinear) and module._packed_memory == "low"
-        if multiplies and module._packed_activation_bits != 32:
+        if not isinstance(module, PackedLinear) or module._packed_memory != "low":
+            continue
+        if module._packed_activation_bits != 32:
             module.running_weight()
     return model
 
