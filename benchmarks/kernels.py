@@ -38,6 +38,7 @@ from pennyweight.formats.base import PackedWeight
 from pennyweight.formats.binary import Binary
 from pennyweight.formats.integer import Integer
 from pennyweight.kernels import _cpu
+from pennyweight.kernels.integer import ActivationBits
 from pennyweight.memory import return_freed_memory
 from pennyweight.progress import progress_bars
 
@@ -189,7 +190,7 @@ def artifact() -> Path:
     return folder
 
 
-def encoder(folder: Path | None, activation_bits: int, threads: int) -> Row:
+def encoder(folder: Path | None, activation_bits: ActivationBits, threads: int) -> Row:
     """Milliseconds a sentence and resident bytes of the original (folder None) or of the artifact there."""
     common.start(threads)
     return_freed_memory()
@@ -202,7 +203,7 @@ def encoder(folder: Path | None, activation_bits: int, threads: int) -> Row:
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()  # from the file's pages to memory of its own
             return model
-        return pw.load(folder, sts.empty_encoder, memory="low", activation_bits=activation_bits)  # type: ignore[arg-type]
+        return pw.load(folder, sts.empty_encoder, memory="low", activation_bits=activation_bits)
 
     @torch.inference_mode()
     def run(model: torch.nn.Module, batch: int) -> None:
@@ -229,7 +230,7 @@ def encoder(folder: Path | None, activation_bits: int, threads: int) -> Row:
 def encoders(threads: int, kept: common.Kept) -> tuple[Table, list[bool]]:
     """The table of the encoder, and whether each goal is met. The contenders take turns."""
     small = artifact()
-    contenders: dict[str, tuple[Path | None, int]] = {
+    contenders: dict[str, tuple[Path | None, ActivationBits]] = {
         "float32 original": (None, 32), "packed, 16-bit inputs": (small, 16), "packed, 8-bit inputs": (small, 8),
     }  # fmt: skip
     found: dict[str, list[Row]] = {name: [] for name in contenders}

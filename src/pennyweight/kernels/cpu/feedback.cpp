@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <thread>
-#include <vector>
+
+#include "parallel.h"
 
 // One source, several instruction sets, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
@@ -41,11 +41,7 @@ void rows(const Block &b, std::size_t first, std::size_t last) {
 void feedback_block(const Block &block, unsigned threads) {
     // Rows are independent, so the result does not depend on how they are shared out.
     const std::size_t parts = std::clamp<std::size_t>(block.rows / 64, 1, std::max(1u, threads));
-    std::vector<std::thread> workers;
-    for (std::size_t i = 1; i < parts; ++i)
-        workers.emplace_back([&, i] { rows(block, block.rows * i / parts, block.rows * (i + 1) / parts); });
-    rows(block, 0, block.rows / parts);
-    for (std::thread &worker : workers) worker.join();
+    parallel_for(parts, threads, [&](std::size_t i) { rows(block, block.rows * i / parts, block.rows * (i + 1) / parts); });
 }
 
 }  // namespace pennyweight
