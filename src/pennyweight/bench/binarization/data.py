@@ -19,10 +19,12 @@ from ...errors import UnknownNameError
 from ...training.data import Split, load_data
 from ...training.settings import DataSettings
 from . import sounds, surfaces
-from .corruptions import corrupt
+from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
+
+Loader = Callable[[str, int, int, int], "TaskData"]
 
 TOKENS, VOCABULARY = 32, 8192
-POINTS = 128
+POINTS = 64
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,14 @@ def task_data(name: str, train: int, test: int, seed: int = 0) -> TaskData:
     """
     if name not in _LOADERS:
         raise UnknownNameError("task", name, _LOADERS)
-    return _LOADERS[name](train, test, seed)
+    return _LOADERS[name](name, train, test, seed)
 
 
-@lru_cache(maxsize=1)
-def corrupted_inputs(data: TaskData, kind: str, severity: int) -> Tensor:
-    """The inputs of an image task's test split, corrupted."""
-    images = corrupt(data.test.inputs.permute(0, 2, 3, 1).numpy(), kind, severity)
-    pixels = torch.tensor(images).permute(0, 3, 1, 2)
-    return replace(data.test, inputs=pixels).batch(torch.arange(len(pixels)))[0]
+@lru_cache(maxsize=len(CORRUPTIONS) * len(SEVERITIES))
+def corrupted(test: Split, kind: str, severity: int) -> Split:
+    """A split of images, corrupted; kept for the next network."""
+    images = corrupt(test.inputs.permute(0, 2, 3, 1).numpy(), kind, severity)
+    return replace(test, inputs=torch.tensor(images).permute(0, 3, 1, 2))
 
 
 def accuracy(predicted: Tensor, labels: Tensor, balanced: bool = False) -> float:
@@ -62,7 +63,7 @@ def accuracy(predicted: Tensor, labels: Tensor, balanced: bool = False) -> float
     return torch.stack([right[labels == c].mean() for c in labels.unique()]).mean().item()
 
 
-def _public(classes: int, balanced: bool = False, **settings: int) -> Callable[[str, int, int, int], TaskData]:
+def _public(classes: int, balanced: bool = False, **settings: int) -> Loader:
     def load(name: str, train: int, test: int, seed: int) -> TaskData:
         # CIFAR-10 is read in files of 10,000: no more of them than needed.
         samples = 10_000 * -(-train // 10_000) if name == "cifar10" else None
@@ -87,7 +88,7 @@ def _made(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: in
     return TaskData(Split(*train), Split(*test), classes)
 
 
-_LOADERS: dict[str, Callable[[str, int, int, int], TaskData]] = {
+_LOADERS: dict[str, Loader] = {
     "fashion-mnist": _public(10),
     "cifar10": _public(10),
     "sst2": _public(2, length=TOKENS, vocabulary=VOCABULARY),

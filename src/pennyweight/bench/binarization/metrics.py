@@ -10,8 +10,7 @@ compared across tasks whose own figures differ in kind. With E the mean over the
     theoretical complexity sqrt( [ E(r_c)^2 + E(r_s)^2 ] / 2 )
     hardware inference     sqrt( [ E(T / T_bi)^2 + E(S / S_bi)^2 ] / 2 )                      T: latency, S: bytes
 
-    r_c = P / ((P - P_real) / 32 + P_real)       P parameters, of which P_real stay real-valued
-    r_s = F / ((F - F_real) / 64 + F_real)       F operations, of which F_real stay real-valued
+r_c and r_s, how many times fewer bits and operations there are, come from the cost table (`pennyweight.cost`).
 
 A twin compared with itself scores 1 on every track, and more is better on all of them.
 
@@ -24,11 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, stdev
-
-#: A real parameter takes as many bits as this many binary ones; a real multiplication as many word operations.
-PARAMETER_GAIN = 32
-OPERATION_GAIN = 64
+from statistics import fmean
 
 
 def quadratic_mean(values: Iterable[float]) -> float:
@@ -58,23 +53,12 @@ def robustness_score(cells: Mapping[str, tuple[Sequence[float], Sequence[float]]
 
 def training_score(
     seconds: tuple[Sequence[float], Sequence[float]],
-    accuracies: tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]],
+    deviations: tuple[Sequence[float], Sequence[float]],
     floor: float,
 ) -> float:
-    """Track 4. seconds: (binarised, real) time of a step, one per run. accuracies: (binarised, real), for each seed those
-    of every setting of optimiser, learning rate and schedule; their deviation is the sensitivity to the setting."""
-    spread = [[stdev(settings) for settings in seeds] for seeds in accuracies]
-    return quadratic_mean((mean_ratio(seconds[1], seconds[0]), mean_ratio(spread[1], spread[0], floor)))
-
-
-def compression_ratio(parameters: float, real_parameters: float) -> float:
-    """r_c: how many times smaller the parameters get. Raises ValueError unless 0 <= real_parameters <= parameters."""
-    return _gain(parameters, real_parameters, PARAMETER_GAIN)
-
-
-def speed_up_ratio(operations: float, real_operations: float) -> float:
-    """r_s: how many times fewer operations are left. Raises ValueError unless 0 <= real_operations <= operations."""
-    return _gain(operations, real_operations, OPERATION_GAIN)
+    """Track 4. seconds: (binarised, real) time of a step, one per run. deviations: (binarised, real), for each seed the
+    standard deviation of accuracy over optimisers, learning rates and schedules. floor: of deviations."""
+    return quadratic_mean((mean_ratio(seconds[1], seconds[0]), mean_ratio(deviations[1], deviations[0], floor)))
 
 
 def complexity_score(compression: Sequence[float], speed_up: Sequence[float]) -> float:
@@ -88,9 +72,3 @@ def inference_score(
     """Track 6, from (binarised, real) latencies and bytes of each architecture. An architecture that cannot be deployed
     takes infinite time and bytes, which adds nothing."""
     return quadratic_mean((mean_ratio(seconds[1], seconds[0]), mean_ratio(nbytes[1], nbytes[0])))
-
-
-def _gain(total: float, real: float, gain: int) -> float:
-    if not 0 <= real <= total or total == 0:
-        raise ValueError(f"{real} of {total} cannot be the real-valued part")
-    return total / ((total - real) / gain + real)

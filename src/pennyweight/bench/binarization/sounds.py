@@ -1,6 +1,6 @@
 """Spoken-like keywords made in code: voiced segments with gliding formants and noisy consonants, as log-mel features.
 
-    features, labels = keywords(1000, seed=0)        float32 [1000, 1, 32, 49], int64 [1000]
+    features, labels = keywords(1000, seed=0)        float32 [1000, 1, 49, 20], int64 [1000]
 
 Each of ten words is a fixed sequence of formant targets and one consonant, as source and filter of speech synthesis
 have it: harmonics of a glottal pitch, weighted by resonances at the formants. Pitch, speed, vocal tract, onset,
@@ -16,8 +16,9 @@ from torch import Tensor
 
 RATE = 8000  # samples a second
 LENGTH = 4096  # samples of one recording, half a second
-MELS = 32
+MELS = 20
 _WINDOW, _HOP = 256, 80  # of the spectrogram: 32 ms every 10 ms
+FRAMES = 1 + (LENGTH - _WINDOW) // _HOP
 _HARMONICS = 24
 _RESONANCE = 120.0  # bandwidth of a formant in Hz
 
@@ -38,7 +39,7 @@ WORDS: tuple[tuple[tuple[tuple[int, int], ...], tuple[float, int, int]], ...] = 
 
 
 def keywords(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Log-mel features float32 [count, 1, MELS, frames] at mean 0 and deviation 1 each, labels int64 [count]."""
+    """Log-mel features float32 [count, 1, frames, MELS] at mean 0 and deviation 1 each, labels int64 [count]."""
     generator = np.random.default_rng([seed, 0])
     labels = generator.permutation(np.arange(count) % len(WORDS))
     waves = np.concatenate([_spoken(part, generator) for part in np.array_split(labels, max(count // 256, 1))])
@@ -49,7 +50,7 @@ def keywords(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def log_mel(waves: NDArray[np.floating]) -> NDArray[np.float64]:
-    """[n, samples] -> [n, MELS, frames]: logarithm of the power in bands evenly spaced in mel (2595 log10(1 + f/700))."""
+    """[n, samples] -> [n, frames, MELS]: logarithm of the power in bands evenly spaced in mel (2595 log10(1 + f/700))."""
     frames = np.lib.stride_tricks.sliding_window_view(waves, _WINDOW, axis=1)[:, ::_HOP]
     power = np.abs(np.fft.rfft(frames * np.hanning(_WINDOW), axis=-1)) ** 2
     edges = np.linspace(0, 2595 * np.log10(1 + RATE / 2 / 700), MELS + 2)
@@ -58,7 +59,7 @@ def log_mel(waves: NDArray[np.floating]) -> NDArray[np.float64]:
     rising = (frequency - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - frequency) / (edges[2:] - edges[1:-1])[:, None]
     bands = np.clip(np.minimum(rising, falling), 0, None)
-    return np.log(np.moveaxis(power @ bands.T, 1, 2) + 1e-6)
+    return np.log(power @ bands.T + 1e-6)
 
 
 def _spoken(labels: NDArray[np.integer], generator: np.random.Generator) -> NDArray[np.float64]:
