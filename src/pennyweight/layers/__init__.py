@@ -1,6 +1,12 @@
 """Modules of the forward graph: where weights sit in a model, packed layers, quantised inputs and outputs."""
 
-from . import dorefa_activation, rprelu, sign_activation, spatial_scale  # noqa: F401  (importing a method registers it)
+from . import (  # noqa: F401  (importing a method registers it)
+    dorefa_activation,
+    fda_activation,
+    rprelu,
+    sign_activation,
+    spatial_scale,
+)
 from .base import LayerTransform
 from .packed import PackedModule, install, packed_weights
 from .sites import MatrixView, WeightSite, weight_sites

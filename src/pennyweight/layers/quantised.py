@@ -19,14 +19,14 @@ whose batch norm became `Thresholds` yields nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import PlanError, WeightError
+from ..errors import ArtifactError, DataError, PlanError
 from ..kernels import binary
 from .base import LayerTransform, SignInput, make_layer_transform, per_channel, per_sample_mean_magnitude
 from .packed import PackedModule
@@ -125,6 +125,8 @@ class QuantisedLinear(QuantisedLayer, nn.Linear):
         return F.linear(x, weight)
 
     def product_of_signs(self, x: Tensor, epilogue: binary.Epilogue) -> Tensor:
+        if isinstance(epilogue, binary.Thresholds) and x.ndim != 2:
+            raise DataError(f"this converted layer takes [samples, {self.in_features}], not {list(x.shape)}")
         if x.dtype != torch.int64:
             x = binary.pack_signs(x, self.input_threshold)
         y = binary.binary_linear(x.reshape(-1, x.shape[-1]), self.packed_signs(x.device), self.in_features, epilogue)
@@ -191,7 +193,7 @@ class QuantisedConv3d(_QuantisedConvolution, nn.Conv3d):
 
 def _pack_input(layer: Any, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
     """(packed signs as binary_conv2d takes them, padding that is left for it to do)."""
-    padding = zero_padding(layer)
+    padding = cast(tuple[int, ...], zero_padding(layer))  # else the layer would not take signs
     if x.dtype == torch.int64:
         return x, padding
     if layer.padding_mode != "zeros":
@@ -200,14 +202,12 @@ def _pack_input(layer: Any, x: Tensor, threshold: Tensor | None) -> tuple[Tensor
     return binary.pack_images(image, layer.groups, threshold), padding
 
 
-def zero_padding(layer: Any) -> tuple[int, ...]:
-    """Padding of a convolution, the same on both sides of an axis. Raises `WeightError` if it differs."""
+def zero_padding(layer: Any) -> tuple[int, ...] | None:
+    """Padding of a convolution, if it is the same on both sides of each axis: the kernels of signs know no other."""
     if not isinstance(layer.padding, str):
         return tuple(layer.padding)
     sides = layer._reversed_padding_repeated_twice
-    if sides[::2] != sides[1::2]:
-        raise WeightError("padding='same' pads more on one side here, which no kernel of signs does; pad explicitly")
-    return tuple(reversed(sides[::2]))
+    return tuple(reversed(sides[::2])) if sides[::2] == sides[1::2] else None
 
 
 _TWINS: dict[type[nn.Module], type[QuantisedLayer]] = {
@@ -261,34 +261,75 @@ def set_sign_input(layer: QuantisedLayer, signs: SignInput) -> None:
     layer.input_threshold = signs.threshold
 
 
-def structure(layer: QuantisedLayer) -> dict[str, Any]:
-    """What a converted layer is beyond its tensors, as JSON; `restore` is the inverse."""
-    found: dict[str, Any] = {
-        name: True
-        for name in ("takes_signs", "sample_scale")
-        if getattr(layer, name)
-    }
-    found |= {name: made.made_from for name, made in (("input_quantizer", layer.input_quantizer), ("output_transform", layer.output_transform)) if made is not None}
-    buffers = [name for name in _BUFFERS if getattr(layer, name) is not None]
+def remove_modules(model: nn.Module, names: Iterable[str]) -> None:
+    """Put identities where a converted model needs a module no more, and remember that for its file."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+    removed = {*getattr(model, _REMOVED, ()), *names}
+    setattr(model, _REMOVED, sorted(removed))
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """What a converted model is beyond its tensors, as JSON; {} for a model without quantised layers.
+
+    {"layers": {name: {"takes_signs": true, ..., "buffers": [names]}}, "removed": [names]}; a layer's transforms are
+    recipe entries. Raises `ArtifactError` if a layer is prepared, but not converted.
+    """
+    layers = {name: _layer_structure(name, m) for name, m in model.named_modules() if isinstance(m, QuantisedLayer)}
+    return {"layers": layers, "removed": list(getattr(model, _REMOVED, ()))} if layers else {}
+
+
+def _layer_structure(name: str, layer: QuantisedLayer) -> dict[str, Any]:
+    if weight_chain(layer) is not None:
+        raise ArtifactError(f"{name} is prepared for training, but not packed; call pennyweight.convert(model) first")
+    found: dict[str, Any] = {flag: True for flag in _FLAGS if getattr(layer, flag)}
+    found |= {role: made.made_from for role in _ROLES if (made := getattr(layer, role)) is not None}
+    found |= {"no_bias": True} if layer.bias is None else {}
+    buffers = [buffer for buffer in _BUFFERS if getattr(layer, buffer) is not None]
     return {**found, "buffers": buffers} if buffers else found
 
 
-_BUFFERS = {"scale": torch.float32, "input_threshold": torch.float32, "output_threshold": torch.int32, "output_flip": torch.bool}
+def restore(model: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Give a fresh model the `structure` of a stored one. tensors: those stored, of which shapes alone count.
+
+    Raises `PlanError` or `UnknownNameError` for what this version does not know, AttributeError for missing layers.
+    """
+    for name, layer in found["layers"].items():
+        prefix = f"{name}." if name else ""
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        _restore_layer(model.get_submodule(name), layer, own)
+    for name in found["removed"]:
+        model.get_submodule(name)
+    remove_modules(model, found["removed"])
 
 
-def restore(module: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Give a layer the structure of a stored one. tensors: those stored for it, by their names in the layer; only their
-    shapes and types count. Raises `PlanError` or `UnknownNameError` for what this version does not know."""
+def _restore_layer(module: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     layer = quantise(module)
-    for role in ("input_quantizer", "output_transform"):
+    for role in _ROLES:
         if role in found:
             made = make_layer_transform(found[role], layer)
             for name, tensor in made.state_dict(keep_vars=True).items():
                 stored = tensors.get(f"{role}.{name}")
-                if stored is not None and stored.shape != tensor.shape:
-                    tensor.data = torch.empty_like(stored, device=tensor.device)
+                if stored is not None and stored.shape != tensor.shape:  # fitted to the data it was trained on
+                    tensor.data = torch.empty_like(stored, dtype=tensor.dtype, device=tensor.device)
             setattr(layer, role, made)
-    device = module.weight.device
     for name in found.get("buffers", ()):
-        setattr(layer, name, torch.empty(tensors[name].shape, dtype=_BUFFERS[name], device=device))
-    layer.takes_signs, layer.sample_scale = (bool(found.get(name)) for name in ("takes_signs", "sample_scale"))
+        if name not in tensors:
+            raise AttributeError(f"the layer's {name} is missing")
+        setattr(layer, name, torch.empty(tensors[name].shape, dtype=_BUFFERS[name], device=module.weight.device))
+    for flag in _FLAGS:
+        setattr(layer, flag, bool(found.get(flag)))
+    if found.get("no_bias"):
+        layer.bias = None
+
+
+_REMOVED = "_pennyweight_removed"
+_FLAGS = ("takes_signs", "sample_scale")
+_ROLES = ("input_quantizer", "output_transform")
+_BUFFERS = {
+    "scale": torch.float32,
+    "input_threshold": torch.float32,
+    "output_threshold": torch.int32,
+    "output_flip": torch.bool,
+}

@@ -55,7 +55,9 @@ class SignActivation(LayerTransform):
             raise PlanError("sign activations: the estimator needs a name, such as {name: reste, o_end: 3}")
         self.estimator = make_estimator(**settings)
         if self.estimator.step != "sign":
-            raise PlanError(f"sign activations: estimator {settings['name']!r} rounds; choose one whose step is the sign")
+            raise PlanError(
+                f"sign activations: estimator {settings['name']!r} rounds; choose one whose step is the sign"
+            )
         self.has_shift, self.standardise, self.sample_scale = shift, standardise, sample_scale
         self.axis = 1
         self.register_parameter("shift", None)
@@ -92,7 +94,9 @@ class SignActivation(LayerTransform):
         return f"shift={self.has_shift}, standardise={self.standardise}, sample_scale={self.sample_scale}"
 
 
-@register("rsign", acts_on="layers", paper="2003.03488", description="binary inputs: sign with a learned shift (ReActNet)")
+@register(
+    "rsign", acts_on="layers", paper="2003.03488", description="binary inputs: sign with a learned shift (ReActNet)"
+)
 class RSign(SignActivation):
     """`SignActivation` with a learned shift for each channel and Bi-Real's estimator, as ReActNet has them."""
 

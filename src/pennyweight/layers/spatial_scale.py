@@ -35,7 +35,9 @@ class SpatialScale(LayerTransform):
         if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
             raise PlanError(f"'spatial-scale' serves Linear, Conv1d and Conv2d, not {type(layer).__name__}")
         axes = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
-        self.scales.extend(nn.Parameter(torch.ones_like(layer.weight[:1].flatten()[:1]).repeat(self.positions)) for _ in range(axes))
+        self.scales.extend(
+            nn.Parameter(torch.ones_like(layer.weight[:1].flatten()[:1]).repeat(self.positions)) for _ in range(axes)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for axis, scale in enumerate(reversed(self.scales), start=1):
