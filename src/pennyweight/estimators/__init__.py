@@ -10,6 +10,6 @@ from . import (  # noqa: F401  (importing a method registers it)
     reste,
     straight_through,
 )
-from .base import Estimator, make_estimator, sign
+from .base import Estimator, make_estimator, sign, through
 
-__all__ = ["Estimator", "make_estimator", "sign"]
+__all__ = ["Estimator", "make_estimator", "sign", "through"]

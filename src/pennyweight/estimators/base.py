@@ -42,6 +42,11 @@ class _Through(torch.autograd.Function):
         return gradients[0] * slope, None, None
 
 
+def through(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """`value`, exactly, in place of x; the gradient goes to x alone, multiplied by `slope` (broadcasts against it)."""
+    return _Through.apply(x, value.detach(), slope.detach())
+
+
 class Estimator(nn.Module, ABC):
     """A step function that a gradient crosses. Registered with `@register(name, acts_on="estimators", ...)`.
 
@@ -62,7 +67,7 @@ class Estimator(nn.Module, ABC):
             return self.exact(x)
         with torch.no_grad():
             value, slope = self.exact(x), self.surrogate(x)
-        return _Through.apply(x, value, slope)
+        return through(x, value, slope)
 
     def exact(self, x: Tensor) -> Tensor:
         """The step alone; `forward` gives it the surrogate's gradient. Overridden where x is mapped before the step."""
