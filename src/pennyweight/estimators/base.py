@@ -1,17 +1,19 @@
 """The contract of an estimator: an exact step forward, a named surrogate backward.
 
-    sign:   y = -1 where x < 0, else +1    (sign(+-0) = +1; NaN stays NaN)
-    round:  y = round half to even
+    forward    y = -1 where x < 0, else +1            step "sign" (sign(+-0) = +1; NaN stays NaN)
+               y = round half to even                 step "round"
+    backward   dL/dx = dL/dy * surrogate(x)           elementwise, with the x and the `progress` of the forward pass
 
-    dL/dx = dL/dy * surrogate(x)           elementwise, with the x and the `progress` of the forward pass
+    approximation(x) is the function the backward pass pretends the forward was: its derivative is the surrogate.
 
-A method's file defines `surrogate` and its settings, nothing else: shifts, scales and clamps around the step belong to
-weights/ and layers/.
+A method's file defines surrogate, approximation and their settings, nothing else: shifts, scales and clamps around the
+step belong to weights/ and layers/.
 """
 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,7 +42,12 @@ class _Through(torch.autograd.Function):
         return gradients[0] * slope, None, None
 
 
-class Estimator(nn.Module):
+def through(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """`value`, exactly, in place of x; the gradient goes to x alone, multiplied by `slope` (broadcasts against it)."""
+    return _Through.apply(x, value.detach(), slope.detach())
+
+
+class Estimator(nn.Module, ABC):
     """A step function that a gradient crosses. Registered with `@register(name, acts_on="estimators", ...)`.
 
     `progress` is how far training has come, 0 (start) to 1 (end): a float32 scalar buffer that schedules write and
@@ -55,17 +62,24 @@ class Estimator(nn.Module):
         self.register_buffer("progress", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The step of x, exactly; dtype and shape of x."""
-        value = sign(x) if self.step == "sign" else x.round()
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return value
+        """The step of x, exactly; dtype and shape of x. The gradient crosses it as `surrogate` says."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.exact(x)
         with torch.no_grad():
-            slope = self.surrogate(x)
-        return _Through.apply(x, value.detach(), slope)
+            value, slope = self.exact(x), self.surrogate(x)
+        return through(x, value, slope)
 
+    def exact(self, x: Tensor) -> Tensor:
+        """The step alone; `forward` gives it the surrogate's gradient. Overridden where x is mapped before the step."""
+        return sign(x) if self.step == "sign" else x.round()
+
+    @abstractmethod
     def surrogate(self, x: Tensor) -> Tensor:
         """The factor of the incoming gradient at x; dtype and shape of x, finite wherever x is."""
-        raise NotImplementedError(f"{type(self).__name__} defines no surrogate")
+
+    @abstractmethod
+    def approximation(self, x: Tensor) -> Tensor:
+        """Continuous F with F(0) = 0 and F' = surrogate almost everywhere, tensor statistics held fixed."""
 
 
 def make_estimator(name: str, **options: Any) -> Estimator:

@@ -3,11 +3,12 @@
 Estimating or Propagating Gradients Through Stochastic Neurons, arXiv 1308.3432; windowed in Binarized Neural Networks,
 arXiv 1602.02830, and used by XNOR-Net (1603.05279) and DoReFa-Net (1606.06160).
 
-    ste        forward sign(x),   backward 1[|x| <= window], window = 1
-    identity   forward sign(x),   backward 1
-    round      forward round(x),  backward 1
+    name        forward     backward             approximation
+    ste         sign(x)     1[|x| <= window]     clamp(x, -window, window)
+    identity    sign(x)     1                    x
+    round       round(x)    1                    x
 
-At window 1 the surrogate's integral over the real line is 2, the jump of the sign.
+At the usual window 1 the surrogate's integral over the real line is 2, the jump of the sign.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class ClippedStraightThrough(Estimator):
     def surrogate(self, x: Tensor) -> Tensor:
         return (x.abs() <= self.window).to(x.dtype)
 
+    def approximation(self, x: Tensor) -> Tensor:
+        return x.clamp(-self.window, self.window)
+
     def extra_repr(self) -> str:
         return f"window={self.window}"
 
@@ -46,6 +50,9 @@ class ClippedStraightThrough(Estimator):
 class _Identity(Estimator):
     def surrogate(self, x: Tensor) -> Tensor:
         return x.new_ones(()).expand_as(x)
+
+    def approximation(self, x: Tensor) -> Tensor:
+        return x
 
 
 @register("identity", acts_on="estimators", paper="1308.3432", description="sign; the gradient passes everywhere")
