@@ -1,4 +1,4 @@
-"""Exponential moving average of a model's weights: average <- decay * average + (1 - decay) * weight after every update.
+"""Exponential moving average of weights: average <- decay * average + (1 - decay) * weight after every update.
 
 It begins as the weights are when it is made. Buffers (batch statistics, progress) are copied, not averaged.
 """
@@ -22,8 +22,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now; once per optimizer step that was carried out."""
-        current = dict(self.model.named_parameters())
-        torch._foreach_lerp_(list(self.averages.values()), [current[n] for n in self.averages], 1 - self.decay)
+        for name, p in self.model.named_parameters():
+            self.averages[name].lerp_(p, 1 - self.decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -33,6 +33,12 @@ class WeightAverage:
             yield self.model
         finally:
             self._swap()
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Make the averages the model's weights."""
+        for name, p in self.model.named_parameters():
+            p.copy_(self.averages[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.averages)

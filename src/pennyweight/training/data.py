@@ -74,7 +74,9 @@ class Split:
         if not self.crop and not self.flip:
             return None
         window = torch.randint(2 * self.crop + 1, (count, 2), generator=draw)
-        mirrored = torch.randint(2, (count, 1), generator=draw) if self.flip else torch.zeros(count, 1, dtype=torch.long)
+        mirrored = (
+            torch.randint(2, (count, 1), generator=draw) if self.flip else torch.zeros(count, 1, dtype=torch.long)
+        )
         return torch.cat([window, mirrored], 1)
 
     def batch(self, rows: Tensor, augmentation: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -97,6 +99,13 @@ class TrainingData:
     train: Split
     validation: Split | None
     test: Split | None
+
+    def to(self, device: torch.device) -> TrainingData:
+        return TrainingData(
+            self.train.to(device),
+            None if self.validation is None else self.validation.to(device),
+            None if self.test is None else self.test.to(device),
+        )
 
 
 def load_data(settings: DataSettings, seed: int) -> TrainingData:

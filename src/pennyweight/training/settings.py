@@ -1,6 +1,6 @@
 """The recipe of a training: one YAML file, read into frozen dataclasses.
 
-    model: {name: resnet20, options: {width: 16}}        # of pennyweight.models, or module:factory; weights: a checkpoint
+    model: {name: resnet20, options: {width: 16}}        # of pennyweight.models, or module:factory
     data: {name: fashion-mnist, validation: 5000, crop: 2, flip: true}
     batch: 128
     epochs: 10                                           # or steps; with stages, each stage has its own
@@ -15,6 +15,7 @@ close matches.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import types
@@ -88,8 +89,8 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """A full-precision network whose logits are matched: loss = (1 - weight) * task + weight * T^2 * KL(teacher || model)
-    with both logits divided by the temperature T."""
+    """A full-precision network whose logits are matched: (1 - weight) * task loss + weight * T^2 * KL(teacher || model),
+    both logits divided by the temperature T."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -162,6 +163,7 @@ class TrainingRecipe:
             _require(self.teacher.temperature > 0, "teacher.temperature", self.teacher.temperature, "a positive number")
         if self.stages and (self.epochs is not None or self.steps is not None):
             raise PlanError("the recipe has stages and epochs or steps beside them; give each stage its own")
+        reached = "none"
         for index, stage in enumerate(self.all_stages):
             where = f"stages[{index}]" if self.stages else "the recipe"
             given = [name for name in ("epochs", "steps") if getattr(stage, name) is not None]
@@ -170,6 +172,9 @@ class TrainingRecipe:
             _require(getattr(stage, given[0]) > 0, f"{where}: {given[0]}", getattr(stage, given[0]), "more than 0")
             if stage.quantise != "none" and self.stages and self.prepare is None:
                 raise PlanError(f"{where}: quantise is {stage.quantise}, but the recipe has no prepare section")
+            if _PARTS.index(stage.quantise) < _PARTS.index(reached):
+                raise PlanError(f"{where}: quantise is {stage.quantise} after {reached}; what is quantised stays so")
+            reached = stage.quantise
             schedule = self.schedule_of(stage)
             self.optimizer_of(stage)
             _require(0 <= schedule.warmup < 1, "schedule.warmup", schedule.warmup, "a share of the steps, 0 to below 1")
@@ -261,16 +266,15 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _read(hint, value, where)
     kind = origin or hint
     if kind is float and isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)  # 1e-3: a number to everyone but YAML 1.1
-        except ValueError:
-            pass
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise PlanError(f"{where} must be {_KINDS[kind]}, not {value!r}")
     return float(value) if kind is float else value
 
 
+_PARTS = ("none", "activations", "all")
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
 
 
