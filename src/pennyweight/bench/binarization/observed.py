@@ -47,11 +47,14 @@ def observed_precision(model: nn.Module, inputs: Tensor) -> dict[str, Precision]
 
 
 def bits_of_values(slices: Tensor) -> int:
-    """Bits that number the different values in any one row of [rows, columns]; 32 if there are more than 256."""
-    ordered = slices.sort(1).values
-    different = 1 + int((ordered.diff(dim=1) != 0).sum(1).max()) if ordered.numel() else 1
-    bits = max(1, (different - 1).bit_length())
-    return bits if bits <= _MOST_BITS else 32
+    """Bits that number the different values in any one row of [rows, columns].
+
+    32 if there are more than 256, or so few columns that values differ by chance: fewer than two for each.
+    """
+    different = 1 + int((slices.sort(1).values.diff(dim=1) != 0).sum(1).max()) if slices.shape[1] else 1
+    if different > 2**_MOST_BITS or 2 * different > slices.shape[1]:
+        return 32
+    return max(1, (different - 1).bit_length())
 
 
 class _Watch(TorchDispatchMode):
