@@ -48,10 +48,14 @@ _HARDTANH = {"activation": "hardtanh"}
 
 ARCHITECTURES = {
     "resnet20": Architecture("CNN", "resnet20", "images", {"width": 8, **_HARDTANH}, _HARDTANH),
-    "resnet18": Architecture("CNN", "resnet18_cifar", "images", {"width": 8, **_HARDTANH}, _HARDTANH, ("*.shortcut.0",)),
+    "resnet18": Architecture(
+        "CNN", "resnet18_cifar", "images", {"width": 8, **_HARDTANH}, _HARDTANH, ("*.shortcut.0",)
+    ),
     "vgg-small": Architecture("CNN", "vgg_small", "images", {"width": 16}, {}),
     "vit-tiny": Architecture("Transformer", "vit_tiny", "images", {}, {}),
-    "bert-tiny": Architecture("Transformer", "bert_tiny", "tokens", *({"vocabulary": VOCABULARY, "positions": TOKENS},) * 2),
+    "bert-tiny": Architecture(
+        "Transformer", "bert_tiny", "tokens", *({"vocabulary": VOCABULARY, "positions": TOKENS},) * 2
+    ),
     "keyword-conv": Architecture("CNN", "keyword_conv", "sounds", {"width": 32, **_HARDTANH}, _HARDTANH),
     "pointnet": Architecture("MLP", "pointnet", "points", *({"transforms": False, **_HARDTANH},) * 2),
 }

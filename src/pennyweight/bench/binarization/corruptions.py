@@ -97,7 +97,9 @@ def _smear(x: Images, radius: int, sigma: float, angle: float) -> Images:
     out = np.zeros_like(x)
     for step, weight in enumerate(weights / weights.sum()):
         if weight > 1e-6:
-            out += weight * ndimage.shift(x, (0, step * np.sin(angle), step * np.cos(angle), 0), order=1, mode="nearest")
+            out += weight * ndimage.shift(
+                x, (0, step * np.sin(angle), step * np.cos(angle), 0), order=1, mode="nearest"
+            )
     return out
 
 
@@ -117,7 +119,9 @@ def _enlarging(size: int, factor: float) -> NDArray[np.float64]:
 
 
 def _snow(x: Images, at: int, generator: np.random.Generator) -> Images:
-    level, sigma, veil = ((0.05, 1.0, 0.95), (0.07, 1.25, 0.9), (0.09, 1.5, 0.87), (0.12, 1.75, 0.83), (0.15, 2, 0.8))[at]
+    level, sigma, veil = ((0.05, 1.0, 0.95), (0.07, 1.25, 0.9), (0.09, 1.5, 0.87), (0.12, 1.75, 0.83), (0.15, 2, 0.8))[
+        at
+    ]
     flakes = generator.normal(level, 0.3, size=(*x.shape[:3], 1))
     flakes = _smear(np.where(flakes < 0.6, 0, np.clip(flakes, 0, 1)), 6, sigma, generator.uniform(-2.4, -0.8))
     grey = x.mean(-1, keepdims=True)

@@ -165,7 +165,8 @@ def _inference_score(deployed: Iterable[Result], real: bool) -> float | None:
     if not found:
         return None
     seconds, nbytes = (
-        ([v.get(key, math.inf) for v in found], [v.get(f"real_{key}", 1) for v in found]) for key in ("seconds", "bytes")
+        ([v.get(key, math.inf) for v in found], [v.get(f"real_{key}", 1) for v in found])
+        for key in ("seconds", "bytes")
     )
     return metrics.inference_score(seconds, nbytes)
 
