@@ -68,7 +68,7 @@ def binarization(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of results; one that exists is resumed.")],
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Preset or recipe (YAML) to judge, several times if you like; default: all."),
+        typer.Option(help="Preset or recipe (YAML) to judge; several if you like. Default: all presets."),
     ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="Task to learn, several times if you like; default: all.")

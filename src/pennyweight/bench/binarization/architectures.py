@@ -1,4 +1,4 @@
-"""The networks of the benchmark: reference models, and which of their layers stay real-valued besides first and last."""
+"""The networks of the benchmark: reference models, and which layers stay real-valued besides first and last."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .sounds import FRAMES, MELS
 @dataclass(frozen=True)
 class Architecture:
     """family: CNN, Transformer or MLP. factory: of `pennyweight.models`. small, published: its options in trainings and
-    in deployments. takes: what inputs are, images, sounds, points or tokens. real: patterns of layers that stay real, as
-    the 1x1 convolutions of shortcuts do in BiBench.
+    in deployments. takes: what inputs are, images, sounds, points or tokens. real: patterns of layers that stay real,
+    as the 1x1 convolutions of shortcuts do in BiBench.
 
     The sign of a ReLU is +1 everywhere, so that real twins and binarised networks have Hardtanh in its place, as there.
     """
@@ -45,19 +45,19 @@ class Architecture:
 
 
 _HARDTANH = {"activation": "hardtanh"}
+_TEXT = {"vocabulary": VOCABULARY, "positions": TOKENS}
+_POINTS = {"transforms": False, **_HARDTANH}
 
 ARCHITECTURES = {
     "resnet20": Architecture("CNN", "resnet20", "images", {"width": 8, **_HARDTANH}, _HARDTANH),
     "resnet18": Architecture(
-        "CNN", "resnet18_cifar", "images", {"width": 8, **_HARDTANH}, _HARDTANH, ("*.shortcut.0",)
+        "CNN", "resnet18_cifar", "images", {"width": 8, **_HARDTANH}, _HARDTANH, real=("*.shortcut.0",)
     ),
     "vgg-small": Architecture("CNN", "vgg_small", "images", {"width": 16}, {}),
     "vit-tiny": Architecture("Transformer", "vit_tiny", "images", {}, {}),
-    "bert-tiny": Architecture(
-        "Transformer", "bert_tiny", "tokens", *({"vocabulary": VOCABULARY, "positions": TOKENS},) * 2
-    ),
+    "bert-tiny": Architecture("Transformer", "bert_tiny", "tokens", _TEXT, _TEXT),
     "keyword-conv": Architecture("CNN", "keyword_conv", "sounds", {"width": 32, **_HARDTANH}, _HARDTANH),
-    "pointnet": Architecture("MLP", "pointnet", "points", *({"transforms": False, **_HARDTANH},) * 2),
+    "pointnet": Architecture("MLP", "pointnet", "points", _POINTS, _POINTS),
 }
 
 _SHAPES = {"images": (3, 32, 32), "sounds": (1, FRAMES, MELS), "points": (3, POINTS), "tokens": (TOKENS,)}

@@ -54,8 +54,8 @@ def benchmark(
 ) -> Benchmark:
     """Run what is missing in the directory, and write the results there.
 
-    methods: presets of `training.presets`, or paths of recipes (YAML, `rules` as pennyweight.prepare takes them), called
-    by the file's name; none: all presets. workers: see `grid.carry_out`.
+    methods: presets of `training.presets`, or paths of recipes (YAML, `rules` as pennyweight.prepare takes them),
+    called by the file's name; none: all presets. workers: see `grid.carry_out`.
     Raises UnknownNameError for methods there are not, PlanError for two of the same name, and what `carry_out` does.
     """
     rules = {REAL: None} | dict(_rules(name) for name in methods or PRESETS)

@@ -12,6 +12,7 @@ of one type is drawn alike at every severity.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +107,7 @@ def _smear(x: Images, radius: int, sigma: float, angle: float) -> Images:
 def _zoom_blur(x: Images, at: int, generator: np.random.Generator) -> Images:
     factors = np.arange(1, (1.06, 1.11, 1.16, 1.21, 1.26)[at], 0.01)
     enlarged = (_enlarging(x.shape[1], f) @ np.moveaxis(x, -1, 1) @ _enlarging(x.shape[2], f).T for f in factors)
-    return (x + np.moveaxis(sum(enlarged), 1, -1)) / (len(factors) + 1)
+    return (x + np.moveaxis(sum(enlarged, np.zeros(1)), 1, -1)) / (len(factors) + 1)
 
 
 def _enlarging(size: int, factor: float) -> NDArray[np.float64]:
@@ -245,8 +246,8 @@ def _through_cosines(plane: NDArray[np.float64], table: NDArray[np.float64]) -> 
     n, height, width = plane.shape
     padded = np.pad(plane, ((0, 0), (0, -height % 8), (0, -width % 8)), mode="edge")
     blocks = padded.reshape(n, padded.shape[1] // 8, 8, padded.shape[2] // 8, 8).transpose(0, 1, 3, 2, 4)
-    codes = np.round(fft.dctn(blocks, axes=(-2, -1), norm="ortho") / table)
-    back = fft.idctn(codes * table, axes=(-2, -1), norm="ortho")
+    codes: Any = np.round(fft.dctn(blocks, axes=(-2, -1), norm="ortho") / table)
+    back: Any = fft.idctn(codes * table, axes=(-2, -1), norm="ortho")
     return back.transpose(0, 1, 3, 2, 4).reshape(padded.shape)[:, :height, :width]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def accuracy(predicted: Tensor, labels: Tensor, balanced: bool = False) -> float
     return torch.stack([right[labels == c].mean() for c in labels.unique()]).mean().item()
 
 
-def _public(classes: int, balanced: bool = False, **settings: int) -> Loader:
+def _public(classes: int, balanced: bool = False, **settings: Any) -> Loader:
     def load(name: str, train: int, test: int, seed: int) -> TaskData:
         # CIFAR-10 is read in files of 10,000: no more of them than needed.
         samples = 10_000 * -(-train // 10_000) if name == "cifar10" else None

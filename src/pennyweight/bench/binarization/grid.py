@@ -3,8 +3,9 @@
     runs = make_runs(QUICK, ["real", "bnn", "reste"], TASKS)
     results = carry_out(runs, {"bnn": {"preset": "bnn"}, ...}, Path("out"))
 
-Each run's result is a JSON file of its own in `runs/`, written in one step: a killed benchmark goes on where it was, and
-a larger one takes in what a smaller one left. A file counts if the run and the method's rules in it are those wanted.
+Each run's result is a JSON file of its own in `runs/`, written in one step: a killed benchmark goes on where it was,
+and a larger one takes in what a smaller one left. A file counts if the run and the method's rules in it are those
+wanted.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ DEPLOYED = ("resnet18", "vgg-small", "keyword-conv", "vit-tiny", "bert-tiny", "p
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is run. steps: of a task or architecture; consumption_steps: of one setting. patience: seconds of timing a
-    deployed network."""
+    """How much is run. steps: of a task or architecture; consumption_steps: of one setting. patience: seconds of
+    timing a deployed network."""
 
     name: str
     steps: int
@@ -104,8 +105,8 @@ def carry_out(
     workers: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[Run, dict[str, Any]]:
-    """Results of the runs, made now or found in the directory. workers: processes of Ray that share the trainings, 0 for
-    this one alone; deployments are timed in this one.
+    """Results of the runs, made now or found in the directory. workers: processes of Ray that share the trainings, 0
+    for this one alone; deployments are timed in this one.
 
     A run that fails with an error that is not pennyweight's is left out with a warning, and tried again next time.
     Raises ArtifactError if the directory cannot be written, MissingExtraError for workers without Ray, DataError if a

@@ -66,8 +66,8 @@ def _radars(methods: Sequence[Card]) -> str:
     )
     return (
         "<section><h2>The six tracks</h2><p>An axis ends at the best score of all methods here. Clockwise from the "
-        "top: "
-        f'{", ".join(name.lower() for name in TRACKS.values())}.</p><div class="small-multiples">{drawn}</div></section>'
+        f"top: {', '.join(name.lower() for name in TRACKS.values())}.</p>"
+        f'<div class="small-multiples">{drawn}</div></section>'
     )
 
 
@@ -87,8 +87,8 @@ def _radar(card: Card, best: Mapping[str, float]) -> str:
         f'<line class="grid" x1="0" y1="0" x2="{x:.1f}" y2="{y:.1f}"/>' for x, y in radar_points([1] * 6, _RADIUS)
     )
     marks = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--accent)"><title>{escape(TRACKS[t])}: {_score(card.scores[t])}'
-        "</title></circle>"
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--accent)">'
+        f"<title>{escape(TRACKS[t])}: {_score(card.scores[t])}</title></circle>"
         for t, (x, y) in zip(TRACKS, radar_points(shares, _RADIUS))
     )
     labels = "".join(
@@ -173,8 +173,8 @@ def _deployed(methods: Sequence[Card]) -> str:
     heads = ["network, method", "fewer bits (r<sub>c</sub>)", "fewer operations (r<sub>s</sub>)"]
     heads += ["ms, real", "ms, packed", "bytes, real", "bytes, packed"]
     text = (
-        "In theory: ratios by the formulas of BiBench, from the bits that were seen to be multiplied. Here: one sample on "
-        "this processor, packed by pennyweight.convert and run by its kernels, and the files as written."
+        "In theory: ratios by the formulas of BiBench, from the bits that were seen to be multiplied. Here: one sample "
+        "on this processor, packed by pennyweight.convert and run by its kernels, and the files as written."
     )
     return _table("Complexity and inference", text, heads, rows)
 
@@ -192,8 +192,8 @@ def _refused(methods: Sequence[Card]) -> str:
 def _notes(facts: Mapping[str, Any]) -> str:
     items = (
         "Networks are trained from random weights; BiBench starts from real-valued checkpoints.",
-        "A network at chance has nothing to lose to corruptions and the same accuracy with every setting: read robustness "
-        "and training consumption beside its accuracy.",
+        "A network at chance has nothing to lose to corruptions, and the same accuracy with every setting: read "
+        "robustness and training consumption beside its accuracy.",
         f"All with {escape(str(facts['versions']))}; {facts['machine']['threads']} threads.",
     )
     return f'<section><h2>Notes</h2><ul class="facts">{"".join(f"<li>{item}</li>" for item in items)}</ul></section>'

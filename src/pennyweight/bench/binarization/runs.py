@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
@@ -118,7 +119,7 @@ def _trained(run: Training, rules: dict[str, Any] | None) -> dict[str, Any]:
         model = train(recipe, progress=lambda *_: moments.append(time.perf_counter())).model
     found: dict[str, Any] = {
         "accuracy": _accuracy(model, data.test, data),
-        "seconds": median(after - before for before, after in zip(moments, moments[1:])),
+        "seconds": median(after - before for before, after in pairwise(moments)),
     }
     if run.corruptions:
         found["corruptions"] = {

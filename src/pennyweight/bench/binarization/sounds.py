@@ -50,7 +50,7 @@ def keywords(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def log_mel(waves: NDArray[np.floating]) -> NDArray[np.float64]:
-    """[n, samples] -> [n, frames, MELS]: logarithm of the power in bands evenly spaced in mel (2595 log10(1 + f/700))."""
+    """[n, samples] -> [n, frames, MELS]: logarithm of power in bands evenly spaced in mel, 2595 log10(1 + f/700)."""
     frames = np.lib.stride_tricks.sliding_window_view(waves, _WINDOW, axis=1)[:, ::_HOP]
     power = np.abs(np.fft.rfft(frames * np.hanning(_WINDOW), axis=-1)) ** 2
     edges = np.linspace(0, 2595 * np.log10(1 + RATE / 2 / 700), MELS + 2)
@@ -72,7 +72,7 @@ def _spoken(labels: NDArray[np.integer], generator: np.random.Generator) -> NDAr
     formants = np.stack([[_glide(place[i], [f[k] for f in WORDS[w][0]]) for i, w in enumerate(labels)] for k in (0, 1)])
     formants *= tract
     pitch = generator.uniform(90, 240, (n, 1)) * (1 + 0.15 * generator.normal(size=(n, 1)) * (place - 0.5))
-    turn = np.exp(2j * np.pi * np.cumsum(pitch, 1) / RATE)
+    turn: NDArray[np.complex128] = np.exp(2j * np.pi * np.cumsum(pitch, 1) / RATE)
     spin, wave = np.ones_like(turn), np.zeros((n, LENGTH))
     for harmonic in range(1, _HARMONICS + 1):
         frequency = harmonic * pitch
