@@ -1,1 +1,1 @@
-"""Training under a constraint: prepare a network by rules, train it, convert it to its packed form."""
+"""Training under constraints: `prepare` a model by a recipe, train it, `convert` it to what is stored and run."""
