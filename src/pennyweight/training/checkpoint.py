@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..checkpoints import refuse_pickle
@@ -54,8 +54,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     unfinished = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, unfinished, dict(metadata or {}))
-        with open(unfinished, "rb+") as file:
+        with open(unfinished, "wb") as file:
+            file.write(save(stored, dict(metadata or {})))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:

@@ -2,8 +2,8 @@
 
 Methods that mask a gradient, restore frozen weights exactly, project a norm or decay by division act there.
 `before_step` runs when the gradients are whole: averaged over accumulated parts and processes, unscaled, clipped.
-`after_step` runs when the weights have changed. Neither runs for a step that mixed precision skips, nor for the parts of
-an accumulated batch.
+`after_step` runs when the weights have changed. Neither runs for a step that mixed precision skips, nor for the parts
+of an accumulated batch.
 
 They are PyTorch's own optimizer hooks, called from inside `optimizer.step`, which a gradient scaler does not reach when
 it skips; a fused optimizer decides inside its kernel, so it is refused together with fp16.

@@ -8,8 +8,8 @@ follow from (seed, step), so a resumed run continues bit for bit, and the same r
 samples of one optimizer step over all processes and accumulated parts. Batch norm takes its statistics from each part.
 
 One step: draw the rows of the batch; forward and backward of each part; unscale; measure; clip; hooks before,
-optimizer, hooks after, average. `step` counts batches; updates that mixed precision skips are logged as skipped_steps, and neither
-hooks, average nor flip rates count them. An epoch is as many whole batches as the training split holds.
+optimizer, hooks after, average. `step` counts batches; updates that mixed precision skips are logged as
+skipped_steps, and neither hooks, average nor flip rates count them. An epoch is as many whole batches as the training split holds.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ class _Training:
                 at = self.step - len(losses) + 1 + int((~finite).nonzero()[0])
                 raise DataError(
                     f"the loss is {float(losses[~finite][0])} at step {at}: lower optimizer.lr, set clip, warm up "
-                    f"longer or look for NaN in the data; {self.directory} holds the last finite checkpoint, if there was one"
+                    f"longer or look for NaN in the data; {self.directory} holds the last finite checkpoint, if any"
                 )
             for loss in losses.tolist():  # one by one: the same sum wherever a checkpoint divides the interval
                 self.earlier = (self.earlier[0] + loss, self.earlier[1] + 1)
@@ -484,6 +484,7 @@ def _check_setup(recipe: TrainingRecipe, accelerator: Any) -> None:
         raise PlanError(
             f"{kind} divides the parameters, which checkpoints here do not; launch with plain data parallelism"
         )
-    options = recipe.optimizer.options
-    if recipe.precision == "fp16" and options.get("fused"):
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise PlanError("precision fp16 needs a GPU; use bf16 here")
+    if recipe.precision == "fp16" and recipe.optimizer.options.get("fused"):
         raise PlanError("a fused optimizer hides from the hooks which steps fp16 skips; leave out fused, or use bf16")

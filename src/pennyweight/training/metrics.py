@@ -70,9 +70,9 @@ class Log:
             self.board.close()
 
 
-def read_metrics(directory: Path) -> list[dict[str, str]]:
+def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, str]]:
     """The whole rows of metrics.csv, as text; a last row that a kill cut short is left out."""
-    path = directory / METRICS
+    path = Path(directory) / METRICS
     if not path.exists():
         return []
     with open(path, newline="") as file:

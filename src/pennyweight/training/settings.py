@@ -89,7 +89,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """A full-precision network whose logits are matched: (1 - weight) * task loss + weight * T^2 * KL(teacher || model),
+    """A full-precision network whose logits are matched: (1 - weight) * task + weight * T^2 * KL(teacher || model),
     both logits divided by the temperature T."""
 
     name: str
