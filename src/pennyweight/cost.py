@@ -193,7 +193,7 @@ def vectors_multiplied(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping
     return seen.numel() // seen.shape[-1]
 
 
-# ------------------------------------------------------------------------------------------------------------ counting
+# ------------------------------------------------------------------------------------------------------------- counting
 
 
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
