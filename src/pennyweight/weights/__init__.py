@@ -1,0 +1,8 @@
+"""Functions of one weight tensor, for training: one file a method, each a `WeightTransform`."""
+
+from __future__ import annotations
+
+from . import binary, dorefa, fda  # noqa: F401  (importing a method registers it)
+from .base import WeightTransform
+
+__all__ = ["WeightTransform"]
