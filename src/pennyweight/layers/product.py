@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Product(nn.Module):
-    """a [..., m, k] times b [..., k, n]; a module, so that its inputs can be quantised and its multiplications counted."""
+    """a [..., m, k] times b [..., k, n]; a module, so that inputs can be quantised and multiplications counted."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a @ b

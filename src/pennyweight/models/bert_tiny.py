@@ -38,7 +38,9 @@ class BertBlock(nn.Module):
 class Bert(nn.Module):
     """Token numbers [batch, tokens] -> logits [batch, num_classes]."""
 
-    def __init__(self, num_classes: int, vocabulary: int, positions: int, features: int, depth: int, heads: int) -> None:
+    def __init__(
+        self, num_classes: int, vocabulary: int, positions: int, features: int, depth: int, heads: int
+    ) -> None:
         super().__init__()
         self.words = nn.Embedding(vocabulary, features, padding_idx=0)
         self.positions = nn.Embedding(positions, features)

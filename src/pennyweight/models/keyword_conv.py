@@ -1,7 +1,7 @@
 """A convolutional network that spots spoken keywords: DS-CNN-S of Hello Edge (arXiv 1711.07128).
 
 Input: cepstral coefficients, 49 frames of 10. A 10x4 convolution of stride 2 to 64 channels, then four times a 3x3
-depthwise and a 1x1 convolution of 64 channels, each with a norm and a ReLU; average; linear layer. 23.8 k parameters,
+depthwise and a 1x1 convolution of 64 channels, each with a norm and a ReLU; average; linear layer. 23.2 k parameters,
 2.66 M multiplications (the paper counts 5.4 M operations, additions included).
 """
 

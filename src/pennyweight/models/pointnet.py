@@ -2,13 +2,13 @@
 
 A network on each point alone, then the maximum over the points, so that their order does not matter:
 
-    x = T3(x) x;  features = mlp(64, 64);  features = T64(features) features;  mlp(64, 128, 1024);  max;  mlp(512, 256, k)
+    x = T3(x) x;  h = mlp(64, 64)(x);  h = T64(h) h;  h = mlp(64, 128, 1024)(h);  logits = mlp(512, 256, k)(max of h)
 
 T3 and T64 predict a matrix from all points (mlp(64, 128, 1024), max, mlp(512, 256, n^2), plus the identity, which is
-where they start). A norm and a ReLU after each layer but the last. 3.48 M parameters, 440 M multiplications; without the
-two transforms ("vanilla") 0.8 M and 148 M [paper, 1000 points].
+where they start). A norm and a ReLU after each layer but the last. 3.48 M parameters, 440 M multiplications; without
+the two transforms ("vanilla") 0.8 M and 148 M [paper, 1000 points].
 
-The paper adds |I - A A^T|^2 of the second matrix to the loss, times 0.001: `PointNet.features_transform(x)` gives A.
+The paper adds 0.001 |I - A A^T|^2 to the loss, A the second matrix: what the module `feature_transform` returns.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class PointNet(nn.Module):
         super().__init__()
         self.input_transform = Transform(3, activation) if transforms else None
         self.feature_transform = Transform(64, activation) if transforms else None
-        self.rotate = Product()
+        self.rotate_points = Product()
+        self.rotate_features = Product()
         self.early = _per_point(3, (64, 64), activation)
         self.late = _per_point(64, (64, 128, 1024), activation)
         self.cloud = _on_cloud(1024, (512, 256), activation)
@@ -72,10 +73,10 @@ class PointNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_transform is not None:
-            x = self.rotate(self.input_transform(x), x)
+            x = self.rotate_points(self.input_transform(x), x)
         x = self.early(x)
         if self.feature_transform is not None:
-            x = self.rotate(self.feature_transform(x), x)
+            x = self.rotate_features(self.feature_transform(x), x)
         return self.head(self.dropout(self.cloud(self.late(x).amax(2))))
 
 

@@ -5,7 +5,7 @@ PokeConv(x, r1) to `out` channels, r1 the input of the block and given to its la
     h = norm(conv(x))                            binary; the norm before r1 is added starts with gamma = 0
     h = h + reshape(x, pad)                      local shortcut, always
     h = h + reshape(r1, tile)                    block shortcut
-    y = norm(DPReLU(h) * gate(x))                gate(x) = relu6(W2 relu(W1 mean(x) + b1) + b2 + 3) / 6, C/8 hidden units
+    y = norm(DPReLU(h) * gate(x))                gate(x) = relu6(W2 relu(W1 mean(x) + b1) + b2 + 3) / 6, W1 to C/8
 
 `reshape` has no parameters: channels become the means of consecutive groups (fewer), or are padded with zeros or
 repeated as a whole (more); a differing size is pooled 3x3 with stride 2. A block is PokeConv 1x1 (f), 3x3 (f, stride),

@@ -1,7 +1,8 @@
 """Residual networks for small images: ResNet-18 in its CIFAR form and ResNet-20 (Deep Residual Learning, 1512.03385).
 
-    resnet18_cifar    3x3 stem to 64 channels, no pooling, stages of 64, 128, 256, 512 with 2 blocks each; where the shape
-                      changes the shortcut is a 1x1 convolution with a norm. 11.17 M parameters, 0.56 G multiplications
+    resnet18_cifar    3x3 stem to 64 channels, no pooling, stages of 64, 128, 256, 512 with 2 blocks each; where the
+                      shape changes the shortcut is a 1x1 convolution with a norm. 11.17 M parameters, 0.56 G
+                      multiplications
     resnet20          3x3 stem to 16 channels, stages of 16, 32, 64 with 3 blocks each; where the shape changes the
                       shortcut drops every other pixel and pads channels with zeros on both sides ("option A": no
                       parameters). 0.27 M parameters, 40.6 M multiplications

@@ -15,9 +15,7 @@ from .resnet_cifar import Activation, make_activation
 class VGGSmall(nn.Module):
     """Images [batch, in_channels, image_size, image_size] -> logits [batch, num_classes]."""
 
-    def __init__(
-        self, num_classes: int, width: int, in_channels: int, image_size: int, activation: Activation
-    ) -> None:
+    def __init__(self, num_classes: int, width: int, in_channels: int, image_size: int, activation: Activation) -> None:
         super().__init__()
         self.features = nn.Sequential()
         channels = in_channels
