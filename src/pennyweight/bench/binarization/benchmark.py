@@ -65,7 +65,7 @@ def benchmark(
     results = carry_out(runs, rules, directory, workers, progress)
     facts = {
         "profile": profile.name,
-        "settings": asdict(profile),
+        "settings": json.loads(json.dumps(asdict(profile))),
         "tasks": list(tasks),
         "runs": len(results),
         "machine": machine(),

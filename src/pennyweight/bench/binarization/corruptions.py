@@ -160,7 +160,8 @@ def _plasma(shape: tuple[int, ...], decay: float, generator: np.random.Generator
     """Clouds in 0..1: octaves of smooth noise, each finer one `decay` times weaker."""
     n, height, width, _ = shape
     size = 1 << (max(height, width) - 1).bit_length()
-    out, cells, weight = np.zeros((n, size, size)), 2, 1.0
+    out: Images = np.zeros((n, size, size))
+    cells, weight = 2, 1.0
     while cells <= size:
         coarse = generator.uniform(-1, 1, (n, cells, cells))
         out += weight * ndimage.zoom(coarse, (1, size / cells, size / cells), order=1, mode="nearest", grid_mode=True)
@@ -246,7 +247,8 @@ def _through_cosines(plane: NDArray[np.float64], table: NDArray[np.float64]) -> 
     n, height, width = plane.shape
     padded = np.pad(plane, ((0, 0), (0, -height % 8), (0, -width % 8)), mode="edge")
     blocks = padded.reshape(n, padded.shape[1] // 8, 8, padded.shape[2] // 8, 8).transpose(0, 1, 3, 2, 4)
-    codes: Any = np.round(fft.dctn(blocks, axes=(-2, -1), norm="ortho") / table)
+    spectrum: Any = fft.dctn(blocks, axes=(-2, -1), norm="ortho")
+    codes = np.round(spectrum / table)
     back: Any = fft.idctn(codes * table, axes=(-2, -1), norm="ortho")
     return back.transpose(0, 1, 3, 2, 4).reshape(padded.shape)[:, :height, :width]
 

@@ -62,9 +62,7 @@ class Profile:
     patience: float
 
 
-QUICK = Profile(
-    "quick", 40, 20, 32, 1500, 200, (0,), ("vit-tiny",), ("cosine",), ("resnet18", "bert-tiny", "pointnet"), 1.0
-)
+QUICK = Profile("quick", 24, 12, 32, 1000, 100, (0,), (), ("cosine",), ("resnet18", "bert-tiny", "pointnet"), 0.5)
 FULL = Profile(
     "full", 4000, 1500, 64, 50_000, 2000, (0, 1, 2), FURTHER_ARCHITECTURES, ("cosine", "linear"), DEPLOYED, 20.0
 )

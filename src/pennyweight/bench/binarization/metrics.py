@@ -41,9 +41,10 @@ def mean_ratio(over: Sequence[float], under: Sequence[float], floor: float = 0.0
     return fmean(max(a, floor) / max(b, floor) for a, b in zip(over, under))
 
 
-def accuracy_score(cells: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> float:
-    """Tracks 1 and 2. cells: task (or family of architectures) -> accuracies (binarised, real), one per run."""
-    return quadratic_mean(mean_ratio(binary, real) for binary, real in cells.values())
+def accuracy_score(cells: Mapping[str, tuple[Sequence[float], Sequence[float]]], floor: float = 0.0) -> float:
+    """Tracks 1 and 2. cells: task (or family of architectures) -> accuracies (binarised, real), one per run. floor: of
+    the real ones, above 0 where they may be 0."""
+    return quadratic_mean(mean_ratio(binary, [max(a, floor) for a in real]) for binary, real in cells.values())
 
 
 def robustness_score(cells: Mapping[str, tuple[Sequence[float], Sequence[float]]], floor: float) -> float:

@@ -128,7 +128,9 @@ def _seconds(result: Result) -> float:
 def _accuracy_score(groups: Mapping[str, Sequence[_Pair]]) -> float | None:
     if not groups:
         return None
-    return metrics.accuracy_score({n: _columns(p.both(_accuracy) for p in group) for n, group in groups.items()})
+    samples = min(pair.run.test for group in groups.values() for pair in group)
+    cells = {name: _columns(pair.both(_accuracy) for pair in group) for name, group in groups.items()}
+    return metrics.accuracy_score(cells, floor=1 / samples)
 
 
 def _kinds(corrupted: Sequence[_Pair]) -> list[str]:
