@@ -260,7 +260,7 @@ def test_the_grid_holds_every_method_with_its_twin():
     runs = make_runs(FULL, [REAL, "bnn"], grid.CONSUMPTION_TASKS)
     assert len(set(runs)) == len(runs) == 2 * (3 * (6 + 3) + 4 * 2 + 6)
     assert all(replace(run, method=REAL) in runs for run in runs)
-    assert {run.task for run in runs if isinstance(run, Training) and run.corruptions} == {"cifar10"}
+    assert {run.task for run in runs if isinstance(run, Training) and run.severities} == {"cifar10"}
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,8 @@ def _plasma(shape: tuple[int, ...], decay: float, generator: np.random.Generator
     cells, weight = 2, 1.0
     while cells <= size:
         coarse = generator.uniform(-1, 1, (n, cells, cells))
-        out += weight * ndimage.zoom(coarse, (1, size / cells, size / cells), order=1, mode="nearest", grid_mode=True)
+        octave: Any = ndimage.zoom(coarse, (1, size / cells, size / cells), order=1, mode="nearest", grid_mode=True)
+        out += weight * octave
         cells, weight = 2 * cells, weight / decay
     out = out[:, :height, :width]
     out -= out.min((1, 2), keepdims=True)

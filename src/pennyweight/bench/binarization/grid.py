@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ...errors import ArtifactError, require, warn
+from .corruptions import SEVERITIES
 from .runs import Deployment, Run, Training, execute
 
 Rules = Mapping[str, Mapping[str, Any] | None]  # method -> its `prepare` section
@@ -56,15 +57,27 @@ class Profile:
     train: int
     test: int
     seeds: tuple[int, ...]
+    severities: tuple[int, ...]
     architectures: tuple[str, ...]
     schedules: tuple[str, ...]
     deployed: tuple[str, ...]
     patience: float
 
 
-QUICK = Profile("quick", 24, 12, 32, 1000, 100, (0,), (), ("cosine",), ("resnet18", "bert-tiny", "pointnet"), 0.5)
+QUICK = Profile("quick", 24, 12, 32, 1000, 100, (0,), (3,), (), ("cosine",), ("resnet18", "bert-tiny", "pointnet"), 0.5)
 FULL = Profile(
-    "full", 4000, 1500, 64, 50_000, 2000, (0, 1, 2), FURTHER_ARCHITECTURES, ("cosine", "linear"), DEPLOYED, 20.0
+    "full",
+    4000,
+    1500,
+    64,
+    50_000,
+    2000,
+    (0, 1, 2),
+    SEVERITIES,
+    FURTHER_ARCHITECTURES,
+    ("cosine", "linear"),
+    DEPLOYED,
+    20.0,
 )
 
 
@@ -77,7 +90,7 @@ def make_runs(profile: Profile, methods: Sequence[str], tasks: Sequence[str]) ->
     for seed in profile.seeds:
         for task in tasks:
             run = Training("task", task, TASK_ARCHITECTURES[task], "", **tuned, **common, seed=seed)
-            trainings.append(replace(run, corruptions=task == ROBUSTNESS_TASK))
+            trainings.append(replace(run, severities=profile.severities if task == ROBUSTNESS_TASK else ()))
         if ARCHITECTURE_TASK in tasks:
             trainings += [
                 Training("architecture", ARCHITECTURE_TASK, name, "", **tuned, **common, seed=seed)

@@ -142,7 +142,7 @@ def _corruptions(cards: Sequence[Card]) -> str:
     if not any(card.lost for card in cards):
         return ""
     rows = [[kind, *(_percent(card.lost.get(kind)) for card in cards)] for kind in CORRUPTIONS]
-    text = "Points of accuracy lost to each corruption of the test images, mean of five severities."
+    text = "Points of accuracy lost to each corruption of the test images, mean over severities."
     return _table("Lost to corruptions", text, ["corruption", *(escape(card.method) for card in cards)], rows)
 
 

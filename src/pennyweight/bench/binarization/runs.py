@@ -33,7 +33,7 @@ from ...training.prepare import prepare
 from ...training.schedule import set_progress
 from ...training.settings import ModelSettings, TrainingRecipe
 from .architectures import architecture, published
-from .corruptions import CORRUPTIONS, SEVERITIES
+from .corruptions import CORRUPTIONS
 from .data import TaskData, accuracy, corrupted, task_data
 from .observed import observed_precision
 
@@ -47,7 +47,9 @@ _SETTLING_BATCHES = 4  # for the running statistics of a network that is not tra
 @dataclass(frozen=True)
 class Training:
     """track: what it was made for, "task", "architecture" or "consumption" (of training). optimizer: sgd or adam.
-    schedule: of pennyweight's recipes. train, test: samples. corruptions: measure accuracy under them, too."""
+    schedule: of pennyweight's recipes. train, test: samples. severities: of the corruptions to measure accuracy under, if
+    any.
+    """
 
     track: Literal["task", "architecture", "consumption"]
     task: str
@@ -61,7 +63,7 @@ class Training:
     train: int
     test: int
     seed: int
-    corruptions: bool = False
+    severities: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,9 @@ def _trained(run: Training, rules: dict[str, Any] | None) -> dict[str, Any]:
         "accuracy": _accuracy(model, data.test, data),
         "seconds": median(after - before for before, after in pairwise(moments)),
     }
-    if run.corruptions:
+    if run.severities:
         found["corruptions"] = {
-            kind: fmean(_accuracy(model, corrupted(data.test, kind, severity), data) for severity in SEVERITIES)
+            kind: fmean(_accuracy(model, corrupted(data.test, kind, severity), data) for severity in run.severities)
             for kind in CORRUPTIONS
         }
     return found

@@ -74,7 +74,7 @@ def make_card(method: str, results: Results) -> Card:
     settings = [pair for pair in pairs if pair.run.track == "consumption"]
     by_task = _grouped(judged, lambda run: run.task if run.track == "task" else None)
     by_family = _grouped(judged, lambda run: architecture(run.architecture).family)
-    corrupted = [pair for pair in judged if pair.run.corruptions]
+    corrupted = [pair for pair in judged if pair.run.severities]
     served = [pair.own for pair in settings if "refused" not in pair.own]
     return Card(
         method,
