@@ -25,7 +25,7 @@ from ..errors import PlanError, WeightError
 from ..formats import Binary, PackedWeight
 from ..kernels.binary import Thresholds, find_thresholds
 from ..layers.base import LayerTransform, SignInput, make_layer_transform
-from ..layers.packed import install
+from ..layers.packed import PackedModule, install
 from ..layers.quantised import (
     QuantisedConv1d,
     QuantisedConv2d,
@@ -49,12 +49,14 @@ def convert(model: nn.Module) -> nn.Module:
     """Turn a prepared model into its packed form, in place, in eval mode, and return it. See the module.
 
     The result is an ordinary model that `pennyweight.save` stores, every tensor that is not packed exactly.
-    Raises `PlanError` if no layer is prepared; `WeightError`, naming the layer, if its weights or inputs are not yet
+    Raises `PlanError` if no layer is prepared, or the model is converted already; `WeightError`, naming the layer, if its weights or inputs are not yet
     what the method promises or hold NaN. The model is then as it was.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLayer)}
-    if not any(weight_chain(layer) is not None or layer.input_quantizer is not None for layer in layers.values()):
+    if not layers:
         raise PlanError("the model holds no prepared layer; call pennyweight.prepare(model, recipe) and train it first")
+    if any(isinstance(layer, PackedModule) for layer in layers.values()):
+        raise PlanError("the model is converted already")
     with evaluating(model):
         stored = {name: _stored(name, layer) for name, layer in layers.items()}
     model.eval()

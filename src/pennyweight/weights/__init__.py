@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import binary, dorefa, fda  # noqa: F401  (importing a method registers it)
+from . import binary, dorefa, fda, lsq, statsq  # noqa: F401  (importing a method registers it)
 from .base import WeightTransform
 
 __all__ = ["WeightTransform"]
