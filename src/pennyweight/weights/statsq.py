@@ -34,7 +34,9 @@ def statistical_step(weight: Tensor, bits: int) -> Tensor:
     return (mean * 2.0 ** (2 - bits)).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
-@register("statsq", acts_on="weights", paper="2302.02210", description="1 to 8 bits, step from the row's mean magnitude")
+@register(
+    "statsq", acts_on="weights", paper="2302.02210", description="1 to 8 bits, step from the row's mean magnitude"
+)
 class StatisticalQuantizer(WeightTransform):
     """Weights at (c + 1/2) steps, c in [-2^(bits-1), 2^(bits-1) - 1]. Raises `PlanError` unless bits is 1 to 8."""
 
@@ -58,7 +60,7 @@ class StatisticalQuantizer(WeightTransform):
 
     def forward(self, weight: Tensor) -> Tensor:
         levels, step = self.factors(weight)
-        return levels * per_output(step, weight)
+        return through(weight, levels * per_output(step, weight), weight.new_ones(()))
 
     def boundary_distance(self, weight: Tensor) -> Tensor:
         """Distance of each weight from the nearest boundary between two levels, in steps; shape of the weight."""
