@@ -39,11 +39,12 @@ from .bundle import (
     weights_file,
 )
 from .checkpoints import PICKLE_SUFFIXES, WEIGHTS, load_checkpoint, refuse_pickle, refuse_pickle_bytes
-from .errors import ArtifactError
+from .errors import ArtifactError, PlanError, UnknownNameError
 from .formats import PackedWeight, from_bytes
 from .kernels.integer import ActivationBits
 from .layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
 from .layers.packed import Memory, arrange, install_blobs, packed_blobs
+from .layers.quantised import restore
 from .layers.sites import weight_sites
 
 __all__ = [
@@ -69,7 +70,7 @@ class Artifact:
 
     config: config.json. blobs: name of a packed weight -> its blob. rest: all other tensors by name. aliases: further
     name of a tied tensor -> the name it is stored under. folded: (layer, batch norm) names. input_bits: module name ->
-    bits of its input quantiser. nbytes: size of the two files.
+    bits of its input quantiser. quantised: structure of a converted model, {} for others. nbytes: size of the two files.
     """
 
     config: dict[str, Any]
@@ -78,6 +79,7 @@ class Artifact:
     aliases: dict[str, str]
     folded: list[tuple[str, str]]
     input_bits: dict[str, int]
+    quantised: dict[str, Any]
     nbytes: int
 
     def packed_weights(self) -> dict[str, PackedWeight]:
@@ -104,6 +106,11 @@ class Artifact:
                 if layer.startswith(prefix)
             ],
             input_bits=_below(prefix, self.input_bits),
+            quantised=self.quantised
+            and {
+                "layers": _below(prefix, self.quantised["layers"]),
+                "removed": [name.removeprefix(prefix) for name in self.quantised["removed"] if name.startswith(prefix)],
+            },
         )
 
 
@@ -241,7 +248,7 @@ def fill(model: nn.Module, artifact: Artifact, memory: Memory = "fast", activati
     remedy = "pass the model it was saved from (same class, same arguments) as model="
     try:
         _restore_structure(model, artifact)
-    except AttributeError as error:
+    except (AttributeError, PlanError, UnknownNameError) as error:
         raise ArtifactError(f"the artifact does not fit this {type(model).__name__}: {error}; {remedy}") from error
     names = {name: site.view.matrix_shape for site in weight_sites(model) for name in (site.name, *site.aliases)}
     state = model.state_dict(keep_vars=True)
@@ -274,7 +281,10 @@ def fill(model: nn.Module, artifact: Artifact, memory: Memory = "fast", activati
 
 
 def _restore_structure(model: nn.Module, artifact: Artifact) -> None:
-    """Folded batch norms away, the biases they left, input quantisers. Raises AttributeError if a module is missing."""
+    """Folded batch norms away, the biases they left, input quantisers, quantised layers.
+
+    Raises AttributeError if a module is missing, `PlanError` or `UnknownNameError` on methods unknown here.
+    """
     for layer_name, norm_name in artifact.folded:
         layer: Any = model.get_submodule(layer_name)
         parent, _, child = norm_name.rpartition(".")
@@ -289,6 +299,8 @@ def _restore_structure(model: nn.Module, artifact: Artifact) -> None:
         module = model.get_submodule(name)
         device = next((t.device for t in module.state_dict(keep_vars=True).values()), None)
         attach_input_quantizer(module, ActivationQuantizer(bits).to(device))
+    if artifact.quantised:
+        restore(model, artifact.quantised, artifact.rest)
 
 
 def read_artifact(directory: str | os.PathLike[str]) -> Artifact:
@@ -317,6 +329,7 @@ def read_artifact(directory: str | os.PathLike[str]) -> Artifact:
         aliases=index.get("aliases", {}),
         folded=[(layer, norm) for layer, norm in index.get("folded", [])],
         input_bits=index.get("input_bits", {}),
+        quantised=index.get("quantised", {}),
         nbytes=len(raw) + len(data),
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .errors import ArtifactError
 from .layers.activation_quantizer import ActivationQuantizer
 from .layers.packed import packed_blobs
+from .layers.quantised import structure
 from .layers.sites import weight_sites
 
 VERSION = 1
@@ -35,13 +36,13 @@ _STORED_DTYPES = {
 }
 
 
-def stored_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a tensor that is not packed is stored.
+def stored_dtype(tensor: Tensor, exact: bool = False) -> torch.dtype:
+    """The dtype in which a tensor that is not packed is stored: its own, if it is to be exact. Otherwise
 
     float16 if no value changes by more than 2^-11 of its magnitude, or, below float16's normal range, by more than
     2^-20 of the tensor's largest; otherwise float32. Types of two bytes or less and types that are not floating stay.
     """
-    if not tensor.is_floating_point():
+    if exact or not tensor.is_floating_point():
         return tensor.dtype
     values = tensor.detach().double()
     finite = values[values.isfinite()].abs()
@@ -56,8 +57,9 @@ def stored_dtype(tensor: Tensor) -> torch.dtype:
 def round_to_stored(model: nn.Module) -> None:
     """Give every tensor that is not packed the value it will have after save and load, in place. Call it after install:
     weights not yet packed are rounded, too."""
+    exact = bool(structure(model))
     for tensor in _rest_tensors(model, ())[0].values():
-        tensor.copy_(tensor.to(stored_dtype(tensor)))
+        tensor.copy_(tensor.to(stored_dtype(tensor, exact)))
 
 
 @torch.no_grad()
@@ -76,14 +78,16 @@ def pack_rest(model: nn.Module, packed: Iterable[str] = ()) -> bytes:
     and so on; per item size first the lowest byte of every item, then the next (bytes of one kind compress best).
     """
     tensors, aliases = _rest_tensors(model, packed)
+    quantised = structure(model)
     entries: list[list[Any]] = []
     groups: dict[int, list[bytes]] = {}
     for name, tensor in tensors.items():
-        stored = tensor.detach().to("cpu", stored_dtype(tensor)).contiguous()
+        stored = tensor.detach().to("cpu", stored_dtype(tensor, bool(quantised))).contiguous()
         entries.append([name, str(stored.dtype).removeprefix("torch."), list(tensor.shape)])
         groups.setdefault(stored.element_size(), []).append(stored.reshape(-1).view(torch.uint8).numpy().tobytes())
     index: dict[str, Any] = {"tensors": entries}
-    for key, value in (("aliases", aliases), ("folded", _folded(model)), ("input_bits", _input_bits(model))):
+    structures = {"folded": _folded(model), "input_bits": _input_bits(model), "quantised": quantised}
+    for key, value in {"aliases": aliases, **structures}.items():
         if value:
             index[key] = value
     text = compact_json(index)

@@ -14,7 +14,7 @@ Tensors on other devices than the CPU, and everything where the compiled kernels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -237,15 +237,23 @@ def fold_batch_norm(
         z = y.float() if scale is None else y.float() * scale
         return F.batch_norm(z[None, :, None, None], mean, var, weight, bias, False, 0.0, eps)[0, :, 0, 0]
 
-    least, most = (torch.full(channels, end, dtype=torch.int64, device=mean.device) for end in (_LEAST, MOST_COLUMNS))
-    at_least, at_most = norm(least), norm(most)
-    if not (at_least.isfinite() & at_most.isfinite()).all():
+    ends = [norm(torch.full(channels, end, device=mean.device)) for end in (_LEAST, MOST_COLUMNS)]
+    if not (ends[0].isfinite() & ends[1].isfinite()).all():
         raise WeightError("batch norm overflows or has a variance that is not positive; no sign can be told from it")
-    starts, ends = at_least >= 0, at_most >= 0
+    return find_thresholds(lambda y: norm(y) >= 0, len(mean), mean.device)
+
+
+def find_thresholds(positive: Callable[[Tensor], Tensor], channels: int, device: torch.device) -> Thresholds:
+    """Thresholds of integers y that say where `positive` holds, which may change once at most as y rises.
+
+    positive: int64 [channels], a number for each channel -> bool [channels]. Found by bisection over all of int32.
+    """
+    least, most = (torch.full((channels,), end, dtype=torch.int64, device=device) for end in (_LEAST, MOST_COLUMNS))
+    starts, ends = positive(least), positive(most)
     low, high = least, most  # where they differ: the sign changes after `low`, and by `high`
     while ((high - low) > 1).any():
         middle = (low + high).div(2, rounding_mode="floor")
-        same = (norm(middle) >= 0) == starts
+        same = positive(middle) == starts
         low, high = torch.where(same, middle, low), torch.where(same, high, middle)
     changes = starts != ends
     threshold = torch.where(changes, high, least).to(torch.int32)

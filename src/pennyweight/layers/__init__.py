@@ -1,6 +1,14 @@
-"""Modules of the forward graph: where weights sit in a model, packed layers, activation quantisers."""
+"""Modules of the forward graph: where weights sit in a model, packed layers, quantised inputs and outputs."""
 
+from . import (  # noqa: F401  (importing a method registers it)
+    dorefa_activation,
+    fda_activation,
+    rprelu,
+    sign_activation,
+    spatial_scale,
+)
+from .base import LayerTransform
 from .packed import PackedModule, install, packed_weights
 from .sites import MatrixView, WeightSite, weight_sites
 
-__all__ = ["MatrixView", "PackedModule", "WeightSite", "install", "packed_weights", "weight_sites"]
+__all__ = ["LayerTransform", "MatrixView", "PackedModule", "WeightSite", "install", "packed_weights", "weight_sites"]

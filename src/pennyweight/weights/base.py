@@ -9,6 +9,7 @@ the entry (Embedding).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,11 @@ from ..formats import PackedWeight
 class WeightTransform(nn.Module, ABC):
     """One function of one weight tensor, registered under `acts_on="weights"`. Its options are its constructor's.
 
-    Several of them chain in order. What a transform learns are its parameters, what it schedules its buffers.
+    Several of them chain in order, a discrete one last. What a transform learns are its parameters, what it schedules
+    its buffers.
     """
+
+    discrete: ClassVar[bool] = False  # whether it yields codes times scales, which no further transform may follow
 
     def fit(self, weight: Tensor) -> None:
         """Set what depends on the weight (scales, steps, shapes) from it; `prepare` calls it once, with the shape and
@@ -32,8 +36,15 @@ class WeightTransform(nn.Module, ABC):
     def forward(self, weight: Tensor) -> Tensor:
         """What the layer uses: the shape and dtype of `weight`, differentiable as the method has it."""
 
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(codes, scale [outputs] or None) with forward(weight) = codes * scale.
+
+        Linear layers and convolutions multiply by the scale after their product, which of small integers is exact.
+        """
+        return self(weight), None
+
     def packed(self, weight: Tensor) -> PackedWeight | None:
-        """The stored form of `forward(weight)`, a matrix [outputs, the rest]; None if it is not discrete.
+        """The stored form of the codes of `factors(weight)`, a matrix [outputs, the rest]; None if it is not discrete.
 
         Asked of the last of a chain with that transform's own input. Raises `WeightError` where the method promises
         discrete weights that these are not yet (a stage of training is missing).

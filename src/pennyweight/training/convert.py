@@ -1,0 +1,228 @@
+"""`convert`: from a trained, prepared model to the packed one that is stored and run.
+
+Every prepared layer keeps the codes of its weight, packed (layers/packed.py), and the scale of each output as float32
+beside them; latent weights, estimators, noise and all else that only training needs are gone. Where inputs are signs
+and weights are, too, the kernels multiply bits. Where such a layer feeds a batch norm and that nothing but the signs of
+the next layer, the three become integer thresholds and bits pass between the layers:
+
+    layer of signs -> batch norm -> (Hardtanh, ReLU, Dropout, Identity) -> layer of signs, of the same kind
+
+The model's graph is read by torch.fx; in a model that cannot be traced, batch norms stay. Outputs are those of the
+prepared model in eval mode: the same bits for products of signs and thresholds, within 1e-5 elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from ..errors import PlanError, WeightError
+from ..formats import Binary, PackedWeight
+from ..kernels.binary import Thresholds, find_thresholds
+from ..layers.base import LayerTransform, SignInput, make_layer_transform
+from ..layers.packed import install
+from ..layers.quantised import (
+    QuantisedConv1d,
+    QuantisedConv2d,
+    QuantisedLayer,
+    QuantisedLinear,
+    remove_modules,
+    set_sign_input,
+    weight_chain,
+    zero_padding,
+)
+from ..weights.base import WeightTransform
+
+#: Modules after a batch norm that keep the order of numbers, so that a sign behind them is a threshold before them.
+_ORDER_KEEPING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Hardtanh, nn.ReLU)
+#: How far decoded weights, scales multiplied in, may be from those trained, relative to the largest.
+_TOLERANCE = 1e-5
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> nn.Module:
+    """Turn a prepared model into its packed form, in place, in eval mode, and return it. See the module.
+
+    The result is an ordinary model that `pennyweight.save` stores, every tensor that is not packed exactly.
+    Raises `PlanError` if no layer is prepared; `WeightError`, naming the layer, if its weights or inputs are not yet what
+    the method promises or hold NaN. The model is then as it was.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLayer)}
+    if not any(weight_chain(layer) is not None or layer.input_quantizer is not None for layer in layers.values()):
+        raise PlanError("the model holds no prepared layer; call pennyweight.prepare(model, recipe) and train it first")
+    model.eval()
+    stored = {name: _stored(name, layer) for name, layer in layers.items()}
+    for name, parts in stored.items():
+        layer = layers[name]
+        if weight_chain(layer) is not None:
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        if parts.dense is not None:
+            layer.weight.copy_(parts.dense)
+        layer.scale = parts.scale
+        if parts.signs is not None and _multiplies_signs(layer, parts.packed):
+            set_sign_input(layer, parts.signs)
+        elif parts.signs is not None:
+            layer.input_quantizer = _plain_signs(layer, parts.signs)
+    install(model, {_weight_name(name): p.packed for name, p in stored.items() if p.packed is not None})
+    _fold_thresholds(model)
+    return model
+
+
+class _Stored(NamedTuple):
+    """What is kept of a layer: its codes, packed; scales [outputs]; the weight if it is not packed; signs it takes."""
+
+    packed: PackedWeight | None = None
+    scale: Tensor | None = None
+    dense: Tensor | None = None
+    signs: SignInput | None = None
+
+
+def _weight_name(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
+
+
+def _stored(name: str, layer: QuantisedLayer) -> _Stored:
+    try:
+        signs = None if layer.input_quantizer is None else layer.input_quantizer.sign_input()
+        chain = weight_chain(layer)
+        if chain is None:
+            return _Stored(signs=signs)
+        weight = chain.original
+        for transform in chain[:-1]:
+            weight = transform(weight)
+        last = cast(WeightTransform, chain[-1])
+        if not bool(torch.isfinite(weight).all()):
+            raise WeightError("the weight holds NaN or infinity; training has diverged, go back to a checkpoint")
+        packed = last.packed(weight)
+        if packed is None:
+            return _Stored(dense=last(weight), signs=signs)
+        codes, scale = last.factors(weight)
+        packed, scale = _exact(packed, codes.float().flatten(1), None if scale is None else scale.float().clone())
+    except WeightError as error:
+        raise WeightError(f"{name}: {error}") from error
+    return _Stored(packed, scale, signs=signs)
+
+
+def _plain_signs(layer: QuantisedLayer, signs: SignInput) -> LayerTransform:
+    """The same signs without what only their training needs, for a layer whose weights are not signs."""
+    entry = {"method": "sign", "shift": signs.threshold is not None, "sample_scale": signs.sample_scale}
+    made = make_layer_transform(entry, layer).eval()
+    if signs.threshold is not None:
+        cast(Any, made).shift.copy_(-signs.threshold)
+    return made
+
+
+def _exact(packed: PackedWeight, codes: Tensor, scale: Tensor | None) -> tuple[PackedWeight, Tensor | None]:
+    """The packed weight, and the scale that makes up for what rounding to its storage has cost, row by row.
+
+    Raises `WeightError` if more than a factor a row is lost.
+    """
+    decoded = packed.decode().to(codes.device)
+    if torch.equal(decoded, codes):
+        return packed, scale
+    ratio = (codes * decoded).sum(1) / decoded.square().sum(1)
+    ratio = torch.where(ratio.isfinite(), ratio, 1.0)
+    if float((decoded * ratio[:, None] - codes).abs().max()) > _TOLERANCE * float(codes.abs().max()):
+        raise WeightError("the packed weights differ from the trained ones: the method's stored form is not exact")
+    return packed, ratio if scale is None else ratio * scale
+
+
+def _multiplies_signs(layer: QuantisedLayer, packed: PackedWeight | None) -> bool:
+    """Whether the kernels of signs can make the product, given that inputs are signs."""
+    if not isinstance(packed, Binary) or not isinstance(layer, QuantisedLinear | QuantisedConv1d | QuantisedConv2d):
+        return False
+    signs = bool((packed.decode().abs() == 1).all())
+    return signs and (isinstance(layer, QuantisedLinear) or zero_padding(layer) is not None)
+
+
+# ---------------------------------------------------------------------------------------------------------- thresholds
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, QuantisedLayer) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _fold_thresholds(model: nn.Module) -> None:
+    """Turn batch norms between layers of signs into thresholds, in place."""
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # tracing runs the user's forward on stand-ins, which can fail in any way
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    called: dict[nn.Module, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            called[module] = called.get(module, 0) + 1
+    for node in graph.nodes:
+        path = _path_to_signs(node, modules, called)
+        if path is None:
+            continue
+        first, norm, *between, last = path
+        thresholds = _thresholds(first, norm, between, last)
+        if thresholds is None:
+            continue
+        first.output_threshold, first.output_flip = thresholds.threshold, thresholds.flip
+        first.scale = first.bias = last.input_threshold = None
+        gone = [norm, *(module for module in between if not isinstance(module, nn.Identity))]
+        remove_modules(model, [name for name, module in modules.items() if module in gone])
+
+
+def _path_to_signs(node: fx.Node, modules: dict[str, nn.Module], called: dict[nn.Module, int]) -> list[Any] | None:
+    """[layer of signs, batch norm, order-keeping modules, layer of signs] that starts at a node, or None."""
+    path: list[Any] = []
+    while node.op == "call_module" and called[modules[str(node.target)]] == 1:
+        module = modules[str(node.target)]
+        path.append(module)
+        if len(path) == 1:
+            fits = isinstance(module, QuantisedLayer) and module.takes_signs and not _after_product(module)
+        elif len(path) == 2:
+            fits = isinstance(module, _BatchNorm) and module.running_mean is not None
+        elif isinstance(module, QuantisedLayer):
+            return path if _takes_bits(path[0], module) else None
+        else:
+            fits = isinstance(module, _ORDER_KEEPING)
+        if not fits or len(node.users) != 1:
+            return None
+        node = next(iter(node.users))
+    return None
+
+
+def _after_product(layer: QuantisedLayer) -> bool:
+    """Whether something other than a scale and a bias an output comes after the product."""
+    return layer.sample_scale or layer.output_transform is not None
+
+
+def _takes_bits(first: QuantisedLayer, last: QuantisedLayer) -> bool:
+    """Whether the packed signs that `first` yields are laid out as `last` takes them."""
+    if first._channel_axis != last._channel_axis or not last.takes_signs or last.sample_scale:
+        return False
+    convolution: Any = last
+    return isinstance(last, QuantisedLinear) or (convolution.groups == 1 and convolution.padding_mode == "zeros")
+
+
+def _thresholds(
+    first: QuantisedLayer, norm: _BatchNorm, between: list[nn.Module], last: QuantisedLayer
+) -> Thresholds | None:
+    """Where the signs that `last` sees are +, of the integer products of `first`; None if the numbers are not finite."""
+    mean = cast(Tensor, norm.running_mean)
+    at = 0.0 if last.input_threshold is None else last.input_threshold
+
+    def values(y: Tensor) -> Tensor:
+        z = y.float()
+        z = z if first.scale is None else z * first.scale
+        z = z if first.bias is None else z + first.bias
+        z = norm(z.view(1, -1, *[1] * (first._channel_axis - 1)))
+        for module in between:
+            z = module(z)
+        return z.flatten()
+
+    ends = torch.full((2, len(mean)), 2.0**31, device=mean.device) * torch.tensor([[-1.0], [1.0]], device=mean.device)
+    if mean.dtype != torch.float32 or not all(bool(values(end).isfinite().all()) for end in ends):
+        return None
+    return find_thresholds(lambda y: values(y) >= at, len(mean), mean.device)

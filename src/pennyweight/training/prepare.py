@@ -1,0 +1,186 @@
+"""`prepare`: have layers of a model learn under a recipe's methods. `calibrate`: fit the methods that need data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .. import registry
+from ..compress.data import calls
+from ..errors import DataError, PlanError, WeightError
+from ..layers.base import LayerTransform, check_options, make_layer_transform
+from ..layers.quantised import QuantisedLayer, can_quantise, quantise
+from ..layers.sites import weight_sites
+from ..weights.base import WeightTransform
+from .recipe import Recipe, Rule
+
+
+@dataclass
+class _Wanted:
+    """What the rules want of one layer."""
+
+    weight: list[Mapping[str, Any]] = field(default_factory=list)
+    input: Mapping[str, Any] | None = None
+    output: Mapping[str, Any] | None = None
+
+
+@dataclass
+class _Made:
+    """The same, made."""
+
+    layer: nn.Module
+    weight: list[WeightTransform]
+    input: LayerTransform | None
+    output: LayerTransform | None
+
+
+def prepare(
+    model: nn.Module, recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], data: Iterable[Any] | None = None
+) -> nn.Module:
+    """Register a recipe's weight transforms and input quantisers, in place, and return the model.
+
+    recipe: a `Recipe`, a mapping, or the path of a YAML file (training/recipe.py has the rules). data: batches as the
+    model takes them, for methods that are fitted to what comes in; see `calibrate`.
+    Rules act on Linear and Conv1d/2d/3d. The first and the last layer with a weight, in the order of the model's
+    modules, stay real unless a rule gives their exact names. Latent weights are found under
+    `<layer>.parametrizations.weight.original` from now on; build the optimizer after this.
+
+    Raises `PlanError` (or `UnknownNameError`) for a model that is prepared already, rules that match nothing, unknown
+    methods and options, layers that a method cannot take, and rules that contradict each other; `WeightError` for
+    weights that a method cannot represent (not finite, all equal). The model is then as it was. Raises `DataError` if a
+    method needs data and there is none, or the data will not do.
+    """
+    recipe = Recipe.of(recipe)
+    if any(isinstance(module, QuantisedLayer) for module in model.modules()):
+        raise PlanError("the model is prepared already; prepare a fresh one, with all rules in one recipe")
+    wanted = _assign(model, recipe)
+    made = {name: _make(name, model.get_submodule(name), want) for name, want in wanted.items()}
+    hungry = [name for name, parts in made.items() for part in (parts.input, parts.output) if part and part.needs_data]
+    if hungry and data is None:
+        raise DataError(f"the input quantiser of {hungry[0]} is fitted to data; call prepare(model, recipe, data=...)")
+    for parts in made.values():
+        layer = quantise(parts.layer)
+        for transform in parts.weight:
+            parametrize.register_parametrization(layer, "weight", transform)
+        layer.input_quantizer, layer.output_transform = parts.input, parts.output
+        layer.train(layer.training)  # the new parts, too
+    if data is not None:
+        calibrate(model, data)
+    return model
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, data: Iterable[Any]) -> None:
+    """Fit input quantisers to the inputs they get in eval mode, all in one pass over the data, then output transforms.
+
+    data: batches as the model takes them (no labels). Every quantiser is fitted to inputs that the layers before it made
+    with theirs not yet fitted. Raises `DataError` if the data is empty or holds NaN or infinity.
+    """
+    seen: dict[LayerTransform, list[Tensor]] = {}
+
+    def on_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        quantizer = cast(QuantisedLayer, module).input_quantizer
+        if quantizer is not None:
+            seen.setdefault(quantizer, []).append(inputs[0].detach())
+
+    layers = [module for module in model.modules() if isinstance(module, QuantisedLayer)]
+    hooks = [layer.register_forward_pre_hook(on_input) for layer in layers]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in calls(model, data):
+            batch(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    for quantizer, batches in seen.items():
+        if not all(bool(torch.isfinite(batch).all()) for batch in batches):
+            raise DataError("the calibration data makes NaN or infinite inputs of a layer; remove those samples")
+        quantizer.fit(batches)
+
+
+def _assign(model: nn.Module, recipe: Recipe) -> dict[str, _Wanted]:
+    """Layer name -> what the rules want of it, in the order of the modules."""
+    layers = {site.module_name: site.module for site in weight_sites(model)}
+    if not layers:
+        raise PlanError(f"this {type(model).__name__} has no layers with weights")
+    ends = {next(iter(layers)), next(reversed(layers))}
+    matched = {id(rule): _matched(rule, layers) for rule in recipe.rules}
+    excluded = {name for rule in recipe.rules if rule.exclude for name in matched[id(rule)]}
+    wanted: dict[str, _Wanted] = {}
+    for rule in recipe.rules:
+        if rule.exclude:
+            continue
+        names = [name for name in matched[id(rule)] if name not in ends or name in rule.match]
+        if not names:
+            raise PlanError(
+                f"the rule for {', '.join(rule.match)} matches only {', '.join(matched[id(rule)])}, and the first and last "
+                "layer stay real unless a rule gives their exact names"
+            )
+        for name in names:
+            if name not in excluded:
+                _add(wanted.setdefault(name, _Wanted()), rule, name)
+    if not wanted:
+        raise PlanError("every layer that the rules match is excluded")
+    return {name: wanted[name] for name in layers if name in wanted}
+
+
+def _matched(rule: Rule, layers: Mapping[str, nn.Module]) -> list[str]:
+    names = [name for name, module in layers.items() if rule.matches(name, module)]
+    if not names:
+        there = ", ".join(f"{name} ({type(module).__name__})" for name, module in layers.items())
+        raise PlanError(f"the rule for {', '.join(rule.match)} matches no layer; there are: {there}")
+    return names
+
+
+def _add(wanted: _Wanted, rule: Rule, name: str) -> None:
+    wanted.weight.extend(rule.weight)
+    for role in ("input", "output"):
+        entry = getattr(rule, role)
+        if entry is None:
+            continue
+        if getattr(wanted, role) is not None:
+            raise PlanError(f"{name}: two rules give it an {role} method; let one rule exclude or not match it")
+        setattr(wanted, role, entry)
+
+
+def _make(name: str, layer: nn.Module, wanted: _Wanted) -> _Made:
+    """The transforms of one layer, fitted to its weight; nothing is changed yet. Errors name the layer."""
+    try:
+        if not can_quantise(layer):
+            raise PlanError(
+                f"a {type(layer).__name__} is a kind of layer that no method here can take; match Linear, Conv1d, Conv2d "
+                "or Conv3d, or exclude it"
+            )
+        chain: list[WeightTransform] = []
+        weight = cast(Tensor, layer.weight).detach()
+        for entry in wanted.weight:
+            if chain and chain[-1].discrete:
+                raise PlanError(
+                    f"{entry['method']!r} cannot follow {wanted.weight[len(chain) - 1]['method']!r}, which yields "
+                    "discrete weights: two weight rules that do not chain; put it first, or exclude the layer from one"
+                )
+            chain.append(make_weight_transform(entry))
+            chain[-1].to(weight.device).fit(weight)
+            with torch.no_grad():
+                weight = chain[-1](weight)
+        ends = [None if e is None else make_layer_transform(e, layer) for e in (wanted.input, wanted.output)]
+    except (PlanError, WeightError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    return _Made(layer, chain, *(end if end is None else end.to(weight.device) for end in ends))
+
+
+def make_weight_transform(entry: Mapping[str, Any]) -> WeightTransform:
+    """The transform of an entry {method: name, option: value, ...}; `UnknownNameError` or `PlanError` on others."""
+    options = {key: value for key, value in entry.items() if key != "method"}
+    target = registry.get(entry["method"], "weights").target
+    check_options(entry["method"], target, options)
+    return target(**options)
