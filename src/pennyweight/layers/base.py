@@ -39,8 +39,10 @@ class LayerTransform(nn.Module):
         """Set steps and bounds from tensors as `forward` will get them. Raises `DataError` if they will not do."""
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(codes, scale [samples, 1, ...] or None) with forward(x) = codes * scale. Of an input, the layer multiplies by
-        the scale after its product."""
+        """(codes, scale [samples, 1, ...] or None) with forward(x) = codes * scale.
+
+        Of what goes into it, a layer multiplies the codes, and then by the scale.
+        """
         return self(x), None
 
     def sign_input(self) -> SignInput | None:
@@ -66,7 +68,7 @@ def make_layer_transform(entry: Mapping[str, Any], layer: nn.Module) -> LayerTra
 
 def check_options(method: str, target: Any, options: Mapping[str, Any]) -> None:
     """`PlanError` naming the options there are unless all of those given are among them."""
-    known = [name for name in inspect.signature(target).parameters]
+    known = list(inspect.signature(target).parameters)
     unknown = sorted(options.keys() - known)
     if unknown:
         raise PlanError(f"{method!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")

@@ -66,10 +66,8 @@ class QuantisedLayer(nn.Module):
         chain = weight_chain(self)
         if chain is None:
             return self.weight, self.scale
-        weight = chain.original
-        for transform in chain[:-1]:
-            weight = transform(weight)
-        return cast(Any, chain[-1]).factors(weight)
+        last, weight = last_transform(chain)
+        return last.factors(weight)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.takes_signs:
@@ -249,6 +247,15 @@ def weight_chain(module: nn.Module) -> Any:
     """The ParametrizationList of the module's weight, or None."""
     chains = getattr(module, "parametrizations", None)
     return chains["weight"] if chains is not None and "weight" in chains else None
+
+
+def last_transform(chain: Any) -> tuple[Any, Tensor]:
+    """(last weight transform, its input) of a layer's `weight_chain`."""
+    weight = chain.original
+    *before, last = chain
+    for transform in before:
+        weight = transform(weight)
+    return last, weight
 
 
 # ------------------------------------------------------------------------------------------------ in a stored model

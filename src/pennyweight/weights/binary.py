@@ -8,10 +8,11 @@
 Means and (unbiased) variances are per output and part of the graph. s is detached, or stays in the graph:
 dL/dv = s surrogate(v) G + sign(v)/n sum(G b), G = dL/d(b s), n the number of weights that share s.
 
-    BNN       1602.02830    ste, no scale                 ReSTE    2308.06689    reste, layer, not detached
-    XNOR-Net  1603.05279    ste, output                   ReCU     2103.12369    standardised (gain 2 sqrt 2), recu, learned
-    DoReFa    1606.06160    ste, layer (one bit)          BiPer    2404.01278    biper, learned
-    Bi-Real   1808.00278, ReActNet 2003.03488: ste, output    XNOR++  1909.13863    ste, learned from 1
+    BNN       1602.02830    ste, no scale            ReSTE    2308.06689    reste, layer, not detached
+    XNOR-Net  1603.05279    ste, output              ReCU     2103.12369    standardised (2 sqrt 2), recu, learned
+    DoReFa    1606.06160    ste, layer (one bit)     BiPer    2404.01278    biper, learned
+    Bi-Real   1808.00278    ste, output              XNOR++   1909.13863    ste, learned from 1
+    ReActNet  2003.03488    ste, output
 
 Delayed binarisation: below `start` of the progress the layer uses real weights, `before` says which: "weight" is v
 itself, without the scale of magnitudes it has anyway (PokeBNN's first epochs; two-stage training); "approximation" is
@@ -94,7 +95,8 @@ class BinaryWeight(WeightTransform):
         require_finite(weight)
         if weight.numel() > 1 and bool((weight == weight.flatten()[0]).all()):
             raise WeightError(
-                "all weights are equal (zero variance), so that their signs tell nothing; initialise or exclude the layer"
+                "all weights are equal (zero variance), so that their signs tell nothing; initialise the layer or "
+                "exclude it"
             )
         if self.scale_rule != "learned":
             return

@@ -32,7 +32,7 @@ binary products and equals the layer of codes exactly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,6 +221,8 @@ class DenoisedWeight(WeightTransform):
     bits: 1 to 8 or "ternary". mode: "affine", "linear", or None: linear where ternary or sparse, else affine. sparsity:
     "2:4" (any n:m) or the share of each block that goes. Raises `PlanError` on other values.
     """
+
+    discrete: ClassVar[bool] = True
 
     def __init__(
         self,
