@@ -32,13 +32,13 @@ binary products and equals the layer of codes exactly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..estimators import sign, through
+from ..estimators import make_estimator, through
 from ..formats import Binary, Integer, PackedWeight
 from ..registry import register
 from .base import WeightTransform, require_finite
@@ -53,22 +53,6 @@ Sparsity = str | float | None
 SMALLEST_RANGE = 1e-12
 
 _SPARSITY = "write it in quotes as '2:4' (two of every four stay), or as the share below 1 that goes"
-
-
-class Denoised(NamedTuple):
-    """y = codes * scale + offset; codes in the shape of x, scale and offset [..., 1]; offset None in linear mode."""
-
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor | None
-
-    def values(self) -> Tensor:
-        y = self.codes * self.scale
-        return y if self.offset is None else y + self.offset
-
-    def as_stored(self) -> Denoised:
-        """The same with scale and offset in float16's precision."""
-        return Denoised(self.codes, as_stored(self.scale), None if self.offset is None else as_stored(self.offset))
 
 
 def kept(x: Tensor, sparsity: Sparsity) -> Tensor:
@@ -97,41 +81,33 @@ def _pattern(sparsity: str) -> tuple[int, int]:
     return int(keep), int(group)
 
 
-def denoise(
-    x: Tensor, bits: Bits = 4, *, lam: float = 0.01, mode: Mode = "affine", sparsity: Sparsity = None
-) -> Denoised:
-    """Codes, scale and offset of each block of x [..., N]; formulas in the module docstring, differentiable as there.
+def prequantise(x: Tensor, bits: Bits, mode: Mode, sparsity: Sparsity = None) -> Tensor:
+    """f of each block of x [..., N], within the range of the codes; what is left is to round (or sign) it.
 
-    bits: 1 to 8, or "ternary". Affine codes are 0 .. 2^bits - 1 (ternary 0, 1, 2); linear ones are
-    -(2^(bits-1) - 1) .. 2^(bits-1) - 1, ternary -1, 0, 1, and at one bit -1 and +1, with 0 where sparsity struck.
-    Moments are taken in x's own type: pass float32 or more.
+    bits: 1 to 8, or "ternary". Affine codes are 0 .. 2^bits - 1 (ternary 0, 1, 2), linear ones
+    -(2^(bits-1) - 1) .. 2^(bits-1) - 1 (ternary -1, 0, 1; at one bit signs, which need no range).
     """
-    mask = kept(x, sparsity)
-    sparse = through(x, x * mask, x.new_ones(())) if sparsity is not None else x
+    sparse = x if sparsity is None else through(x, x * kept(x, sparsity), x.new_ones(()))
     if bits == "ternary":
-        codes = _rounded(sparse / (x.abs().mean(-1, keepdim=True) + SMALLEST_RANGE)).clamp(-1, 1)
-        codes = codes + 1 if mode == "affine" else codes
-    elif mode == "affine":
-        low = sparse.amin(-1, keepdim=True)
-        width = (sparse.amax(-1, keepdim=True) - low) / (2**bits - 1) + SMALLEST_RANGE
-        codes = _rounded((sparse - low) / width).clamp(0, 2**bits - 1)
-    elif bits == 1:
-        scaled = sparse / (x.abs().mean(-1, keepdim=True) + SMALLEST_RANGE)
-        codes = through(scaled, sign(scaled) * mask, scaled.new_ones(()))
-    else:
-        top = 2 ** (bits - 1) - 1
-        codes = _rounded(sparse / (sparse.abs().amax(-1, keepdim=True) / top + SMALLEST_RANGE)).clamp(-top, top)
+        f = (sparse / (x.abs().mean(-1, keepdim=True) + SMALLEST_RANGE)).clamp(-1, 1)
+        return f + 1 if mode == "affine" else f
+    if mode == "affine":
+        low, most = sparse.amin(-1, keepdim=True), 2**bits - 1
+        return ((sparse - low) / ((sparse.amax(-1, keepdim=True) - low) / most + SMALLEST_RANGE)).clamp(0, most)
+    if bits == 1:
+        return sparse / (x.abs().mean(-1, keepdim=True) + SMALLEST_RANGE)
+    most = 2 ** (bits - 1) - 1
+    return (sparse / (sparse.abs().amax(-1, keepdim=True) / most + SMALLEST_RANGE)).clamp(-most, most)
+
+
+def scale_and_offset(x: Tensor, codes: Tensor, lam: float, mode: Mode) -> tuple[Tensor, Tensor | None]:
+    """The ridge regression of blocks x [..., N] on their codes: (s, mean x - s mean q), [..., 1]; linear: (s, None)."""
     if mode == "linear":
-        scale = (x * codes).mean(-1, keepdim=True) / (codes.square().mean(-1, keepdim=True) + lam)
-        return Denoised(codes, scale, None)
+        return (x * codes).mean(-1, keepdim=True) / (codes.square().mean(-1, keepdim=True) + lam), None
     mean_x, mean_q = x.mean(-1, keepdim=True), codes.mean(-1, keepdim=True)
     centred = codes - mean_q
     scale = ((x - mean_x) * centred).mean(-1, keepdim=True) / (centred.square().mean(-1, keepdim=True) + lam)
-    return Denoised(codes, scale, mean_x - scale * mean_q)
-
-
-def _rounded(x: Tensor) -> Tensor:
-    return through(x, x.round(), x.new_ones(()))
+    return scale, mean_x - scale * mean_q
 
 
 def spikes(codes: Tensor, steps: int) -> Tensor:
@@ -140,34 +116,45 @@ def spikes(codes: Tensor, steps: int) -> Tensor:
     return codes > time
 
 
-def in_blocks(x: Tensor, block: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function` of the blocks [..., blocks, block] of x [..., cols] along the last axis; the last may be shorter.
+def in_blocks(function: Callable[..., Tensor], block: int, *tensors: Tensor) -> Tensor:
+    """`function` of the blocks [..., blocks, block] of tensors [..., cols] along the last axis; the last can be short.
 
-    block 0: the whole axis is one block. The function keeps its argument's shape, or makes the last axis 1: then the
+    block 0: the whole axis is one block. The function keeps its arguments' shape, or makes the last axis 1: then the
     result is [..., number of blocks].
     """
-    cols = x.shape[-1]
+    cols = tensors[0].shape[-1]
     if block == 0 or block >= cols:
-        return function(x)
+        return function(*tensors)
     whole = cols - cols % block
-    parts = [function(x[..., :whole].unflatten(-1, (-1, block))).flatten(-2)]
+    parts = [function(*(t[..., :whole].unflatten(-1, (-1, block)) for t in tensors)).flatten(-2)]
     if whole < cols:
-        parts.append(function(x[..., whole:]))
+        parts.append(function(*(t[..., whole:] for t in tensors)))
     return torch.cat(parts, -1)
 
 
-class Denoiser:
-    """The settings that weights and activations share, checked. Raises `PlanError` on values without a meaning."""
+class Denoiser(nn.Module):
+    """What weights and activations share: x [..., cols] -> y, block by block; dtype of x, computed in float32 at least.
+
+    stored: round scale and offset to the precision of files. Raises `PlanError` on settings without a meaning.
+    """
 
     def __init__(
-        self, bits: Bits, lam: float, block: int, mode: Mode | None, sparsity: Sparsity, backward: Backward
+        self,
+        bits: Bits,
+        lam: float = 0.01,
+        block: int = 128,
+        mode: Mode | None = None,
+        sparsity: Sparsity = None,
+        backward: Backward = "error-aware",
+        stored: bool = False,
     ) -> None:
+        super().__init__()
         if bits != "ternary" and bits not in range(1, 9):
             raise PlanError(f"denoise-affine: bits is {bits!r}; choose 1 to 8 or 'ternary'")
         if not lam > 0:
             raise PlanError(f"denoise-affine: lam is {lam}; it must be positive (constant blocks give NaN at 0)")
         if block < 0:
-            raise PlanError(f"denoise-affine: block is {block}; it is a number of weights, or 0 for the whole row")
+            raise PlanError(f"denoise-affine: block is {block}; it is a number of columns, or 0 for all of them")
         if isinstance(sparsity, str):
             _pattern(sparsity)
         elif sparsity is not None and not 0 < sparsity < 1:
@@ -179,33 +166,35 @@ class Denoiser:
         if backward not in ("error-aware", "straight-through"):
             raise PlanError(f"denoise-affine: backward is {backward!r}; choose 'error-aware' or 'straight-through'")
         self.bits: Bits = bits
-        self.lam, self.block, self.sparsity, self.backward = lam, block, sparsity, backward
+        self.lam, self.block, self.sparsity, self.backward, self.stored = lam, block, sparsity, backward, stored
+        self.signs = bits == 1 and self.mode == "linear"
+        self.step = make_estimator("identity" if self.signs else "round")
 
-    def blocks(self, x: Tensor) -> Denoised:
-        """`denoise` of each block of x [..., N] in float32 at least."""
+    def codes(self, x: Tensor) -> Tensor:
+        """q of x [..., cols] (float32 or wider), differentiable."""
+        q = self.step(in_blocks(lambda part: prequantise(part, self.bits, self.mode, self.sparsity), self.block, x))
+        if self.signs and self.sparsity is not None:
+            mask = in_blocks(lambda part: kept(part, self.sparsity), self.block, x)
+            q = through(q, q * mask, q.new_ones(()))
+        return q
+
+    def scale_and_offset(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of blocks x, codes [..., N], as `forward` uses them."""
+        scale, offset = scale_and_offset(x, codes, self.lam, self.mode)
+        if not self.stored:
+            return scale, offset
+        return as_stored(scale), None if offset is None else as_stored(offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def values(part: Tensor, codes: Tensor) -> Tensor:
+            scale, offset = self.scale_and_offset(part, codes)
+            return codes * scale if offset is None else codes * scale + offset
+
         wide = x.float() if x.dtype.itemsize < 4 else x
-        return denoise(wide, self.bits, lam=self.lam, mode=self.mode, sparsity=self.sparsity)
-
-    def __call__(self, x: Tensor, stored: bool = False) -> Tensor:
-        """y for x [..., cols], block by block; dtype of x. stored: scale and offset in float16's precision."""
-
-        def values(part: Tensor) -> Tensor:
-            found = self.blocks(part)
-            return (found.as_stored() if stored else found).values()
-
-        y = in_blocks(x, self.block, values).to(x.dtype)
+        y = in_blocks(values, self.block, wide, self.codes(wide)).to(x.dtype)
         return y if self.backward == "error-aware" else through(x, y, x.new_ones(()))
 
-    def stored_scale(self, x: Tensor) -> Tensor:
-        """[..., 1] for blocks x [..., N]: the scale that `self(x, stored=True)` multiplies by."""
-        return as_stored(self.blocks(x).scale)
-
-    def stored_offset(self, x: Tensor) -> Tensor:
-        """[..., 1] for blocks x [..., N]: the offset that `self(x, stored=True)` adds; zero in linear mode."""
-        found = self.blocks(x)
-        return torch.zeros_like(found.scale) if found.offset is None else as_stored(found.offset)
-
-    def __str__(self) -> str:
+    def extra_repr(self) -> str:
         return f"bits={self.bits}, mode={self.mode}, block={self.block}, lam={self.lam}, sparsity={self.sparsity}"
 
 
@@ -234,38 +223,31 @@ class DenoisedWeight(WeightTransform):
         backward: Backward = "error-aware",
     ) -> None:
         super().__init__()
-        self.denoiser = Denoiser(bits, lam, block, mode, sparsity, backward)
+        self.denoiser = Denoiser(bits, lam, block, mode, sparsity, backward, stored=True)
 
     def fit(self, weight: Tensor) -> None:
         require_finite(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.denoiser(weight.flatten(1), stored=True).view_as(weight)
-
-    @torch.no_grad()
-    def codes(self, weight: Tensor) -> Tensor:
-        """The whole numbers of the module docstring's q; shape of the weight."""
-        rows = weight.flatten(1)
-        return in_blocks(rows, self.denoiser.block, lambda part: self.denoiser.blocks(part).codes).view_as(weight)
+        return self.denoiser(weight.flatten(1)).view_as(weight)
 
     @torch.no_grad()
     def packed(self, weight: Tensor) -> PackedWeight:
         """Codes with a scale and, affine, an offset for each block: `forward`, bit for bit as far as float16 with one
-        exponent for all scales (and one for all offsets) reaches, 2^29 from the largest down.
+        exponent for all scales (and one for all offsets) reaches: 29 octaves from the largest down.
 
         Raises `WeightError` if the weight is not finite.
         """
         require_finite(weight)
         rows, how = weight.detach().flatten(1).float(), self.denoiser
         block = how.block if how.block < rows.shape[1] else 0
-        codes = self.codes(rows)
-        scale = in_blocks(rows, block, how.stored_scale)
-        if how.mode == "linear" and how.bits == 1 and how.sparsity is None:
+        codes = how.codes(rows)
+        scale = in_blocks(lambda *part: how.scale_and_offset(*part)[0], block, rows, codes)
+        if how.signs and how.sparsity is None:
             return Binary.from_signs(codes >= 0, scale, block)
         # Signs with zeros among them are three codes.
-        bits = 2 if how.bits == "ternary" or (how.bits == 1 and how.mode == "linear") else how.bits
-        offset = in_blocks(rows, block, how.stored_offset) if how.mode == "affine" else None
+        bits = 2 if how.signs or how.bits == "ternary" else how.bits
+        offset = None
+        if how.mode == "affine":
+            offset = in_blocks(lambda *part: cast(Tensor, how.scale_and_offset(*part)[1]), block, rows, codes)
         return Integer.from_codes(codes.int(), scale, offset, bits=bits, group=block)
-
-    def extra_repr(self) -> str:
-        return str(self.denoiser)
