@@ -4,6 +4,7 @@ a new method is tested by being registered."""
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -30,6 +31,8 @@ LAYERS = [
     if isinstance(entry.target, type) and issubclass(entry.target, LayerTransform)
 ]
 ROLES = {"spatial-scale": "output"}
+# What an option without a default gets.
+GIVEN = {"bits": 4}
 CASES = [("weight", name) for name in WEIGHTS] + [(ROLES.get(name, "input"), name) for name in LAYERS]
 SHAPES = [(8, 12), (5, 3, 3, 3), (4, 6, 3), (7, 1), (1, 9)]
 
@@ -38,13 +41,24 @@ shapes = pytest.mark.parametrize("shape", SHAPES)
 cases = pytest.mark.parametrize("case", CASES, ids="-".join)
 
 
+def entry_of(place: str, name: str) -> dict:
+    """The method in a recipe, with its default options."""
+    parameters = inspect.signature(registry.get(name, place).target).parameters.values()
+    return {"method": name} | {p.name: GIVEN[p.name] for p in parameters if p.default is p.empty}
+
+
+def rule_of(case: tuple[str, str]) -> dict:
+    role, name = case
+    return {"match": ["conv", "linear"], role: entry_of("weights" if role == "weight" else "layers", name)}
+
+
 def weight_of(shape, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 
 def fitted(name: str, weight: torch.Tensor, progress: float = 1.0) -> WeightTransform:
     torch.manual_seed(0)
-    transform = make_weight_transform({"method": name})
+    transform = make_weight_transform(entry_of("weights", name))
     transform.fit(weight)
     set_progress(transform, progress)
     return transform.to(weight.dtype)
@@ -70,9 +84,7 @@ IMAGES = torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(2))
 
 def trained(case: tuple[str, str]) -> nn.Module:
     """A network whose middle layers use the method, after two steps."""
-    role, name = case
-    rule = {"match": ["conv", "linear"], role: name}
-    model = pw.prepare(make_net(), {"rules": [rule]}, data=IMAGES)
+    model = pw.prepare(make_net(), {"rules": [rule_of(case)]}, data=IMAGES)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     for progress in (0.5, 1.0):
         set_progress(model, progress)
@@ -142,7 +154,7 @@ def test_weights_that_are_not_finite_are_refused(name):
         transform = fitted(name, weight)
         weight[2, 3] = value
         with pytest.raises(WeightError):
-            make_weight_transform({"method": name}).fit(weight)
+            make_weight_transform(entry_of("weights", name)).fit(weight)
         if type(transform).discrete:
             with pytest.raises(WeightError):
                 transform.packed(weight)
@@ -156,8 +168,7 @@ def test_copies_and_state_dicts(case):
     model = trained(case)
     y = model(IMAGES)
     assert torch.equal(copy.deepcopy(model)(IMAGES), y)
-    role, name = case
-    again = pw.prepare(make_net(), {"rules": [{"match": ["conv", "linear"], role: name}]}, data=IMAGES).eval()
+    again = pw.prepare(make_net(), {"rules": [rule_of(case)]}, data=IMAGES).eval()
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(IMAGES), y)
 
@@ -186,7 +197,7 @@ def test_data_that_is_not_finite_is_refused(name):
     bad = IMAGES.clone()
     bad[0, 0, 0, 0] = torch.nan
     with pytest.raises(DataError):
-        pw.prepare(make_net(), {"rules": [{"match": ["conv"], ROLES.get(name, "input"): name}]}, data=bad)
+        pw.prepare(make_net(), {"rules": [rule_of((ROLES.get(name, "input"), name))]}, data=bad)
 
 
 FRESH = """

@@ -64,8 +64,8 @@ def convert(model: nn.Module) -> nn.Module:
         layer = layers[name]
         if weight_chain(layer) is not None:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        if parts.dense is not None:
-            layer.weight.copy_(parts.dense)
+        if parts.weight is not None:  # a new parameter: other layers may share the latent one
+            layer.weight = nn.Parameter(parts.weight.detach().clone())
         layer.scale = parts.scale
         if parts.signs is not None and _multiplies_signs(layer, parts.packed):
             set_sign_input(layer, parts.signs)
@@ -77,11 +77,11 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 class _Stored(NamedTuple):
-    """What is kept of a layer: its codes, packed; scales [outputs]; the weight if it is not packed; signs it takes."""
+    """What is kept of a layer: codes, packed; scales [outputs]; the codes, or the weight not packed; signs it takes."""
 
     packed: PackedWeight | None = None
     scale: Tensor | None = None
-    dense: Tensor | None = None
+    weight: Tensor | None = None
     signs: SignInput | None = None
 
 
@@ -100,7 +100,7 @@ def _stored(name: str, layer: QuantisedLayer) -> _Stored:
             raise WeightError("the weight holds NaN or infinity; training has diverged, go back to a checkpoint")
         packed = last.packed(weight)
         if packed is None:
-            return _Stored(dense=last(weight), signs=signs)
+            return _Stored(weight=last(weight), signs=signs)
         codes, scale = last.factors(weight)
         scale = None if scale is None else scale.float().clone()
         packed, scale = _exact(packed, codes.float().flatten(1), scale)
@@ -108,7 +108,7 @@ def _stored(name: str, layer: QuantisedLayer) -> _Stored:
             packed, scale = _unit_signs(packed, scale)
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from error
-    return _Stored(packed, scale, signs=signs)
+    return _Stored(packed, scale, codes, signs)
 
 
 def _plain_signs(layer: QuantisedLayer, signs: SignInput) -> LayerTransform:
