@@ -181,6 +181,31 @@ def test_a_model_that_cannot_be_traced_keeps_its_norms():
     assert torch.equal(before, after) and not folded(model)
 
 
+def test_optional_arguments_of_a_forward():
+    """What folds must be between the layers with the argument and without it."""
+
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.more = (
+                between(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)),
+                nn.Conv2d(6, 6, 1),
+            )
+            self.norm, self.last = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x, mask=None):
+            x = self.norm(self.more(x))
+            if mask is None:
+                x = F.relu(x - 1)
+            return self.head(self.last(x).mean((2, 3))) + self.body(x[:, :2])[:, :2]
+
+    x = torch.randn(2, 6, 4, 4)
+    rules = {"rules": [{"match": ["more", "last", "body.1", "body.3"], **SIGNS}]}
+    before, after, model = both(Optional(), rules, x)
+    assert torch.equal(before, after) and folded(model) == ["body.1"]
+
+
 def test_what_does_not_fold():
     conv = nn.Conv2d(6, 6, 3, padding=1)
     cases = {

@@ -3,7 +3,8 @@
 First and last layer stay real by themselves. Convolutions of shortcuts, which most papers keep real, are the model's
 to name: add a rule with `exclude: true`. RPReLU of ReActNet belongs to the model, too (layers/rprelu.py).
 
-    xnor-net    a scale a sample, as BiBench has it (the paper's is a map of box-filtered means)
+    xnor-net    a scale a sample, as BiBench has it (the paper's is a map of box-filtered means); BiBench's linear
+                layers also centre their weights: pre: centred
     dorefa      one bit, -1 and +1 with a scale an output, as BiBench has it; dorefa-2 is the paper's own at two bits
     recu, biper activations divided by their deviation in training; learned scales start uniform in [0, 1) as released
     biper       its first stage (sine weights) ends at `start` of the progress: as released, two thirds of 900 epochs
