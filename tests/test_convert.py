@@ -21,9 +21,11 @@ from pennyweight.errors import ArtifactError, DataError, PlanError, WeightError
 from pennyweight.kernels.binary import find_thresholds
 from pennyweight.layers.packed import packed_weights, set_memory
 from pennyweight.layers.quantised import QuantisedLayer
+from pennyweight.layers.query_key import QueryKeyAttention
 from pennyweight.training.presets import PRESETS
 from pennyweight.training.recipe import preset
 from pennyweight.training.schedule import set_progress
+from pennyweight.weights.statsq import StatisticalQuantizer
 
 HERE = Path(__file__).parent
 ENDS = (nn.Conv2d(2, 6, 3, padding=1), nn.Linear(6, 3))
@@ -301,6 +303,36 @@ def test_what_is_not_yet_discrete_is_refused_and_left():
 def test_saving_before_converting_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"conv1 is prepared .*convert"):
         pw.save(pw.prepare(make_net(), preset("bnn")), tmp_path / "out")
+
+
+class Product(nn.Module):
+    def forward(self, a, b):
+        return a @ b
+
+
+class Attention(nn.Module):
+    """What `QueryKeyAttention` asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.output = (nn.Linear(8, 8) for _ in range(4))
+        self.scores, self.mix, self.normalizer, self.dropout = Product(), Product(), nn.Softmax(-1), nn.Dropout(0)
+        self.heads = 2
+
+
+def make_attention() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(QueryKeyAttention(Attention(), StatisticalQuantizer(2)), nn.Linear(8, 2))
+
+
+def test_weights_of_another_shape_than_what_they_are_made_of(tmp_path):
+    """Transforms that the model itself registered: the product of query and key weights."""
+    model, x = make_attention().eval(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(pw.convert(model)(x), before)
+        pw.save(model, tmp_path / "out")
+        assert torch.equal(pw.load(tmp_path / "out", make_attention)(x), before)
 
 
 # --- files ---
