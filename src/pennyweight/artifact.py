@@ -70,7 +70,8 @@ class Artifact:
 
     config: config.json. blobs: name of a packed weight -> its blob. rest: all other tensors by name. aliases: further
     name of a tied tensor -> the name it is stored under. folded: (layer, batch norm) names. input_bits: module name ->
-    bits of its input quantiser. quantised: structure of a converted model, {} for others. nbytes: size of the two files.
+    bits of its input quantiser. quantised: `layers.quantised.structure` of a converted model. nbytes: size of the two
+    files.
     """
 
     config: dict[str, Any]

@@ -324,7 +324,7 @@ def _restore_layer(module: nn.Module, found: Mapping[str, Any], tensors: Mapping
     for name in found.get("buffers", ()):
         if name not in tensors:
             raise AttributeError(f"the layer's {name} is missing")
-        setattr(layer, name, torch.empty(tensors[name].shape, dtype=_BUFFERS[name], device=module.weight.device))
+        setattr(layer, name, torch.empty(tensors[name].shape, dtype=_BUFFERS[name], device=layer.weight.device))
     for flag in _FLAGS:
         setattr(layer, flag, bool(found.get(flag)))
     if found.get("no_bias"):

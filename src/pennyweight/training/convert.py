@@ -20,22 +20,23 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from ..compress.observe import evaluating
 from ..errors import PlanError, WeightError
 from ..formats import Binary, PackedWeight
 from ..kernels.binary import Thresholds, find_thresholds
 from ..layers.base import LayerTransform, SignInput, make_layer_transform
-from ..layers.packed import install
+from ..layers.packed import PackedModule, install
 from ..layers.quantised import (
     QuantisedConv1d,
     QuantisedConv2d,
     QuantisedLayer,
     QuantisedLinear,
+    last_transform,
     remove_modules,
     set_sign_input,
     weight_chain,
     zero_padding,
 )
-from ..weights.base import WeightTransform
 
 #: Modules after a batch norm that keep the order of numbers, so that a sign behind them is a threshold before them.
 _ORDER_KEEPING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Hardtanh, nn.ReLU)
@@ -48,14 +49,17 @@ def convert(model: nn.Module) -> nn.Module:
     """Turn a prepared model into its packed form, in place, in eval mode, and return it. See the module.
 
     The result is an ordinary model that `pennyweight.save` stores, every tensor that is not packed exactly.
-    Raises `PlanError` if no layer is prepared; `WeightError`, naming the layer, if its weights or inputs are not yet what
-    the method promises or hold NaN. The model is then as it was.
+    Raises `PlanError` if no layer is prepared, or the model is converted already; `WeightError`, naming the layer, if its weights or inputs are not yet
+    what the method promises or hold NaN. The model is then as it was.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLayer)}
-    if not any(weight_chain(layer) is not None or layer.input_quantizer is not None for layer in layers.values()):
+    if not layers:
         raise PlanError("the model holds no prepared layer; call pennyweight.prepare(model, recipe) and train it first")
+    if any(isinstance(layer, PackedModule) for layer in layers.values()):
+        raise PlanError("the model is converted already")
+    with evaluating(model):
+        stored = {name: _stored(name, layer) for name, layer in layers.items()}
     model.eval()
-    stored = {name: _stored(name, layer) for name, layer in layers.items()}
     for name, parts in stored.items():
         layer = layers[name]
         if weight_chain(layer) is not None:
@@ -91,17 +95,17 @@ def _stored(name: str, layer: QuantisedLayer) -> _Stored:
         chain = weight_chain(layer)
         if chain is None:
             return _Stored(signs=signs)
-        weight = chain.original
-        for transform in chain[:-1]:
-            weight = transform(weight)
-        last = cast(WeightTransform, chain[-1])
+        last, weight = last_transform(chain)
         if not bool(torch.isfinite(weight).all()):
             raise WeightError("the weight holds NaN or infinity; training has diverged, go back to a checkpoint")
         packed = last.packed(weight)
         if packed is None:
             return _Stored(dense=last(weight), signs=signs)
         codes, scale = last.factors(weight)
-        packed, scale = _exact(packed, codes.float().flatten(1), None if scale is None else scale.float().clone())
+        scale = None if scale is None else scale.float().clone()
+        packed, scale = _exact(packed, codes.float().flatten(1), scale)
+        if signs is not None:
+            packed, scale = _unit_signs(packed, scale)
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from error
     return _Stored(packed, scale, signs=signs)
@@ -129,6 +133,18 @@ def _exact(packed: PackedWeight, codes: Tensor, scale: Tensor | None) -> tuple[P
     if float((decoded * ratio[:, None] - codes).abs().max()) > _TOLERANCE * float(codes.abs().max()):
         raise WeightError("the packed weights differ from the trained ones: the method's stored form is not exact")
     return packed, ratio if scale is None else ratio * scale
+
+
+def _unit_signs(packed: PackedWeight, scale: Tensor | None) -> tuple[PackedWeight, Tensor | None]:
+    """Signs of one magnitude a row as signs of 1, the magnitude moved into the scale; others as they are."""
+    if not isinstance(packed, Binary):
+        return packed, scale
+    decoded = packed.decode()
+    size = decoded[:, :1].abs()
+    if bool((size == 1).all()) or not torch.equal(decoded.abs(), size.expand_as(decoded)):
+        return packed, scale
+    signs = Binary.from_signs(decoded >= 0, torch.ones_like(size), 0)
+    return signs, size[:, 0] if scale is None else scale * size[:, 0]
 
 
 def _multiplies_signs(layer: QuantisedLayer, packed: PackedWeight | None) -> bool:
@@ -209,7 +225,7 @@ def _takes_bits(first: QuantisedLayer, last: QuantisedLayer) -> bool:
 def _thresholds(
     first: QuantisedLayer, norm: _BatchNorm, between: list[nn.Module], last: QuantisedLayer
 ) -> Thresholds | None:
-    """Where the signs that `last` sees are +, of the integer products of `first`; None if the numbers are not finite."""
+    """Where the signs that `last` sees are +, of the integer products of `first`; None if numbers are not finite."""
     mean = cast(Tensor, norm.running_mean)
     at = 0.0 if last.input_threshold is None else last.input_threshold
 

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from .. import registry
 from ..compress.data import calls
+from ..compress.observe import evaluating
 from ..errors import DataError, PlanError, WeightError
 from ..layers.base import LayerTransform, check_options, make_layer_transform
 from ..layers.quantised import QuantisedLayer, can_quantise, quantise
@@ -61,7 +62,7 @@ def prepare(
         raise PlanError("the model is prepared already; prepare a fresh one, with all rules in one recipe")
     wanted = _assign(model, recipe)
     made = {name: _make(name, model.get_submodule(name), want) for name, want in wanted.items()}
-    hungry = [name for name, parts in made.items() for part in (parts.input, parts.output) if part and part.needs_data]
+    hungry = [name for name, parts in made.items() if parts.input is not None and parts.input.needs_data]
     if hungry and data is None:
         raise DataError(f"the input quantiser of {hungry[0]} is fitted to data; call prepare(model, recipe, data=...)")
     for parts in made.values():
@@ -77,10 +78,10 @@ def prepare(
 
 @torch.no_grad()
 def calibrate(model: nn.Module, data: Iterable[Any]) -> None:
-    """Fit input quantisers to the inputs they get in eval mode, all in one pass over the data, then output transforms.
+    """Fit input quantisers to the inputs they get in eval mode, all in one pass over the data.
 
-    data: batches as the model takes them (no labels). Every quantiser is fitted to inputs that the layers before it made
-    with theirs not yet fitted. Raises `DataError` if the data is empty or holds NaN or infinity.
+    data: batches as the model takes them (no labels). Every quantiser is fitted to inputs that the layers before it
+    made with theirs not yet fitted. Raises `DataError` if the data is empty or holds NaN or infinity.
     """
     seen: dict[LayerTransform, list[Tensor]] = {}
 
@@ -91,16 +92,13 @@ def calibrate(model: nn.Module, data: Iterable[Any]) -> None:
 
     layers = [module for module in model.modules() if isinstance(module, QuantisedLayer)]
     hooks = [layer.register_forward_pre_hook(on_input) for layer in layers]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        for batch in calls(model, data):
-            batch(model)
+        with evaluating(model):
+            for batch in calls(model, data):
+                batch(model)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     for quantizer, batches in seen.items():
         if not all(bool(torch.isfinite(batch).all()) for batch in batches):
             raise DataError("the calibration data makes NaN or infinite inputs of a layer; remove those samples")
@@ -122,8 +120,8 @@ def _assign(model: nn.Module, recipe: Recipe) -> dict[str, _Wanted]:
         names = [name for name in matched[id(rule)] if name not in ends or name in rule.match]
         if not names:
             raise PlanError(
-                f"the rule for {', '.join(rule.match)} matches only {', '.join(matched[id(rule)])}, and the first and last "
-                "layer stay real unless a rule gives their exact names"
+                f"the rule for {', '.join(rule.match)} matches only {', '.join(matched[id(rule)])}, and the first and "
+                "last layer stay real unless a rule gives their exact names"
             )
         for name in names:
             if name not in excluded:
@@ -157,8 +155,8 @@ def _make(name: str, layer: nn.Module, wanted: _Wanted) -> _Made:
     try:
         if not can_quantise(layer):
             raise PlanError(
-                f"a {type(layer).__name__} is a kind of layer that no method here can take; match Linear, Conv1d, Conv2d "
-                "or Conv3d, or exclude it"
+                f"a {type(layer).__name__} is a kind of layer that no method here can take; match Linear, Conv1d, "
+                "Conv2d or Conv3d, or exclude it"
             )
         chain: list[WeightTransform] = []
         weight = cast(Tensor, layer.weight).detach()

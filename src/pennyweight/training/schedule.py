@@ -80,7 +80,8 @@ class Schedule:
         for key in ("steps", "anneal", "freeze"):
             if state.get(key) != own[key]:
                 raise PlanError(
-                    f"the checkpoint's schedule has {key} {state.get(key)!r}, this one {own[key]!r}; resume with the same"
+                    f"the checkpoint's schedule has {key} {state.get(key)!r}, this one {own[key]!r}; resume with the "
+                    "recipe it was trained by"
                 )
         self.taken = int(state["taken"])
         self._apply()

@@ -35,7 +35,7 @@ class FDAWeight(BinaryWeight):
     def packed(self, weight: Tensor) -> PackedWeight:
         if self.noise is not None and not self.noise.is_over():
             raise WeightError(
-                f"FDA still adds noise to the signs (progress {float(self.progress):g}); train to the end of the schedule, "
-                "or set_progress(model, 1)"
+                f"FDA still adds noise to the signs (progress {float(self.progress):g}); train to the end of the "
+                "schedule, or set_progress(model, 1)"
             )
         return super().packed(weight)
