@@ -110,7 +110,7 @@ def test_denoised_activations_depend_on_their_own_position_only(options):
     y = activation(x)
     alone = activation(x[1:2, :, 2:3, 1:2])
     assert torch.equal(y[1:2, :, 2:3, 1:2], alone)
-    assert torch.equal(y.movedim(1, -1), Denoiser(**options)(x.movedim(1, -1)))
+    assert torch.equal(y.movedim(1, -1), Denoiser(**options)(x.movedim(1, -1).contiguous()))
     assert activation(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -221,7 +221,7 @@ def test_annealing_stops_oscillation_and_lowers_the_loss_of_a_least_squares_prob
 
     (flips, loss), (annealed_flips, annealed_loss) = train(False), train(True)
     assert flips > 20 and annealed_flips == 0
-    print(flips, loss, annealed_loss)
+    assert annealed_loss < 0.9 * loss
 
 
 # Query-key reparameterisation.

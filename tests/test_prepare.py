@@ -338,7 +338,7 @@ def test_every_preset_learns_and_its_checkpoint_continues(name):
 
     def start():
         torch.manual_seed(2)
-        model = pw.prepare(Small(), preset(name))
+        model = pw.prepare(Small(), preset(name), data=x)
         optimizer = torch.optim.Adam(model.parameters(), 0.02)
         return model, optimizer, Schedule(model, 12, freeze={"stem.*": 0.75})
 
@@ -396,7 +396,7 @@ def test_a_quantised_layer_multiplies_codes_before_scales():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_mixed_precision_and_a_batch_of_one(name):
-    model = pw.prepare(Small(), preset(name))
+    model = pw.prepare(Small(), preset(name), data=torch.randn(2, 2, 5, 5))
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 2, 5, 5)).float().sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -44,7 +44,7 @@ class LearnedStepActivation(LayerTransform):
     shift_out: nn.Parameter | None
     ends: Tensor
 
-    def __init__(self, bits: int, signed: bool | None = None, per: Shared = "layer", shift: bool = False) -> None:
+    def __init__(self, bits: int = 4, signed: bool | None = None, per: Shared = "layer", shift: bool = False) -> None:
         super().__init__()
         if bits not in range(1, 9):
             raise PlanError(f"'lsq' inputs have 1 to 8 bits, not {bits}")
