@@ -425,6 +425,18 @@ def test_two_stages_activations_then_weights(here, monkeypatch):
     assert lines_of("stop10") == lines_of("stop6") == lines_of("run")
 
 
+def test_a_recipes_hook_acts_from_its_share_of_the_training_on(here):
+    """CGA with an empty band freezes the quantised weights from half of the steps on; the others go on learning."""
+    rules = {"rules": [{"match": "5", "weight": {"method": "lsq", "bits": 2}}]}
+    changes = {"prepare": rules, "schedule": {"name": "constant"}, "log_every": 1, "steps": 8}
+    run(hooks=[{"method": "cga", "band": 0.0, "start": 0.5}], **changes)
+    run(output="free", **changes)
+    assert [row["loss"] for row in curve("run")[:5]] == [row["loss"] for row in curve("free")[:5]]
+    assert [row["loss"] for row in curve("run")[6:]] != [row["loss"] for row in curve("free")[6:]]
+    with pytest.raises(UnknownNameError, match="around the step"):
+        run(output="none", hooks=[{"method": "cgb"}], **changes)
+
+
 def test_frozen_parameters_stay_and_resume(here, monkeypatch):
     changes = {"freeze": {"0.*": 0.5}, "steps": 8, "log_every": 1}
     whole = run(**changes)
