@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,14 @@ from typer.testing import CliRunner
 from pennyweight.cli import app
 from pennyweight.errors import ArtifactError, DataError, MissingExtraError, PlanError, UnknownNameError
 from pennyweight.estimators import make_estimator
+from pennyweight.training import loop
 from pennyweight.training.averaging import WeightAverage
 from pennyweight.training.checkpoint import CHECKPOINT
 from pennyweight.training.data import Split, load_data
 from pennyweight.training.diagnostics import Diagnostics, estimating_error, histogram, totals
 from pennyweight.training.hooks import attach
 from pennyweight.training.learning_rate import learning_rate_factor
-from pennyweight.training.loop import MODEL, REPORT, stage_rules, train
+from pennyweight.training.loop import MODEL, REPORT, train
 from pennyweight.training.metrics import METRICS, read_metrics
 from pennyweight.training.randomness import derived_seed
 from pennyweight.training.settings import DataSettings, ScheduleSettings, TrainingRecipe
@@ -76,8 +76,13 @@ def here(tmp_path, monkeypatch):
     """A working directory with training_zoo.py in it."""
     (tmp_path / "training_zoo.py").write_text(ZOO)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("training_zoo", None)
+
+
+def import_zoo():
+    return __import__("training_zoo")
 
 
 def recipe(**changes) -> dict:
@@ -123,7 +128,7 @@ def test_a_killed_run_resumes_to_the_very_same_curve_and_weights(here):
     resumed = train(settings, resume=True)
     whole = run(output="whole", **rest)
     assert curve(here / "killed") == curve(here / "whole")
-    assert len(curve(here / "whole")) == 8  # every second step, and the epochs of five steps
+    assert len(curve(here / "whole")) == 7  # every second step, and the epoch of five steps
     ours, theirs = load_file(here / "killed" / MODEL), load_file(here / "whole" / MODEL)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert resumed.report["test"] == whole.report["test"]
@@ -131,16 +136,10 @@ def test_a_killed_run_resumes_to_the_very_same_curve_and_weights(here):
         train(settings, resume=True)
 
 
-@pytest.mark.parametrize("optimizer", [{"name": "sgd", "lr": 0.1, "options": {"momentum": 0.9}}, {"name": "rmsprop"}])
-def test_resume_at_every_kind_of_step(here, optimizer, monkeypatch):
-    """Checkpoints inside an epoch, at its end, at the end of a stage and after the last step."""
-    stages = [{"steps": 6, "quantise": "none"}, {"steps": 4, "quantise": "none"}]
-    changes = {"steps": None, "stages": stages, "checkpoint_every": 1, "optimizer": optimizer, "ema": 0.5}
-    whole = run(output="whole", **changes)
-    from pennyweight.training import loop
-
+def stop_and_resume(monkeypatch, stops, changes, rows):
+    """Interrupt after the checkpoint at each of these steps; the resumed curve must be `rows`."""
     saved = loop.save_checkpoint
-    for stop in (3, 5, 6, 7, 10):
+    for stop in stops:
 
         def stopping(path, tensors, state, stop=stop):
             saved(path, tensors, state)
@@ -148,14 +147,23 @@ def test_resume_at_every_kind_of_step(here, optimizer, monkeypatch):
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(loop, "save_checkpoint", stopping)
-        settings = TrainingRecipe.from_dict(recipe(output=f"stop{stop}", **changes))
+        settings = TrainingRecipe.from_dict(recipe(**changes | {"output": f"stop{stop}"}))
         with pytest.raises(KeyboardInterrupt):
             train(settings)
         monkeypatch.setattr(loop, "save_checkpoint", saved)
-        done = train(settings, resume=True)
-        assert curve(here / f"stop{stop}") == curve(here / "whole")
-        for name, value in whole.model.state_dict().items():
-            assert torch.equal(done.model.state_dict()[name], value)
+        train(settings, resume=True)
+        assert curve(f"stop{stop}") == rows
+
+
+def test_resume_between_logs_at_the_end_of_a_stage_and_after_the_last_step(here, monkeypatch):
+    stages = [{"steps": 6}, {"steps": 4}]
+    optimizer = {"name": "sgd", "lr": 0.1, "options": {"momentum": 0.9}}
+    changes = {"steps": None, "stages": stages, "checkpoint_every": 3, "optimizer": optimizer, "log_every": 4}
+    whole = run(**changes)
+    stop_and_resume(monkeypatch, [3, 6, 10], changes, curve("run"))
+    for stop in (3, 6, 10):
+        for name, value in load_file(f"stop{stop}/{MODEL}").items():
+            assert torch.equal(value, whole.model.state_dict()[name])
 
 
 def test_two_processes_train_what_one_does(here):
@@ -165,7 +173,7 @@ def test_two_processes_train_what_one_does(here):
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu",
         "--num_processes",
         "2",
         "--num_machines",
@@ -208,11 +216,9 @@ def test_one_step_is_the_optimizers_own(here):
     changes = {"model": {"name": "training_zoo:mlp", "options": {"dropout": 0.0}}, "clip": 0.01, "seed": 4}
     changes |= {"data": {"name": "training_zoo:points"}, "optimizer": options, "steps": 8, "stages": []}
     one = run(**changes | {"steps": 1, "schedule": {"warmup": 0.0}})
-    import training_zoo
-
     torch.manual_seed(derived_seed(4, "model"))
-    model = training_zoo.mlp(dropout=0.0)
-    inputs, targets = training_zoo.points()["train"]
+    model = import_zoo().mlp(dropout=0.0)
+    inputs, targets = import_zoo().points()["train"]
     rows = torch.randperm(100, generator=torch.Generator().manual_seed(derived_seed(4, "order", 0)))[:16]
     nn.functional.cross_entropy(model(inputs[rows]), targets[rows]).backward()
     norm = float(torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt())
@@ -259,9 +265,7 @@ def test_the_average_is_what_is_saved(here):
     """One step from w0 to w1: the file holds decay * w0 + (1 - decay) * w1."""
     live, averaged = run(steps=1, output="live").model, run(steps=1, ema=0.75, output="averaged").model
     torch.manual_seed(derived_seed(0, "model"))
-    import training_zoo
-
-    for first, last, mean in zip(training_zoo.mlp().parameters(), live.parameters(), averaged.parameters()):
+    for first, last, mean in zip(import_zoo().mlp().parameters(), live.parameters(), averaged.parameters()):
         torch.testing.assert_close(mean, 0.75 * first + 0.25 * last)
 
 
@@ -294,10 +298,8 @@ def test_hooks_freeze_exactly_against_momentum_and_decay_and_know_skipped_steps(
 
 def test_distillation_alone_reaches_the_teacher(here):
     """With all weight on the teacher, labels do not matter: the loss is the divergence, which is 0 from the start."""
-    import training_zoo
-
     torch.manual_seed(9)
-    save_file(training_zoo.mlp().state_dict(), "teacher.safetensors")
+    save_file(import_zoo().mlp().state_dict(), "teacher.safetensors")
     same = {"name": "training_zoo:mlp", "weights": "teacher.safetensors", "options": {"dropout": 0.0}}
     run(model=same, teacher=same, steps=2, log_every=1)
     assert float(curve("run")[0]["loss"]) == pytest.approx(0, abs=1e-6)
@@ -396,82 +398,54 @@ def test_histograms_keep_every_weight():
     assert histogram(torch.zeros(4)) == {"scale": 0.0, "counts": [4]}
 
 
-def fake_prepare(monkeypatch, seen):
-    """pennyweight.training.prepare and .schedule with the rules' parts recorded; weights become signs."""
-
-    def prepare(model, section):
-        seen.append(copy.deepcopy(section))
-        if any("weight" in rule for rule in section["rules"]):
-            parametrize.register_parametrization(model[5], "weight", Signed("ste"))
-        return model
-
-    def set_progress(model, value):
-        for module in model.modules():
-            if hasattr(module, "progress"):
-                module.progress.fill_(value)
-
-    for name, function in (("prepare", prepare), ("schedule", set_progress)):
-        module = types.ModuleType(f"pennyweight.training.{name}")
-        setattr(module, function.__name__, function)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+BINARY = {"rules": [{"match": "5", "weight": {"method": "binary", "start": 0.5}, "input": {"method": "sign"}}]}
 
 
-RULES = {
-    "rules": [{"match": "5", "weight": {"method": "bnn"}, "input": {"method": "sign"}}, {"match": "0", "exclude": True}]
-}
+def lines_of(directory) -> list[dict]:
+    return [json.loads(line) for line in Path(directory, "diagnostics.jsonl").read_text().splitlines()]
 
 
 def test_two_stages_activations_then_weights(here, monkeypatch):
-    seen: list = []
-    fake_prepare(monkeypatch, seen)
-    stages = [
-        {"steps": 5, "quantise": "activations", "optimizer": {"lr": 0.1}, "schedule": {"name": "constant"}},
-        {"steps": 10, "quantise": "all"},
-    ]
-    changes = {"steps": None, "stages": stages, "prepare": RULES, "log_every": 1, "schedule": {}}
+    """Weights turn binary at half of the progress, where the second stage begins; a resume there and later is exact."""
+    stages = [{"steps": 6, "optimizer": {"lr": 0.1}, "schedule": {"name": "constant"}}, {"steps": 6}]
+    changes = {"steps": None, "stages": stages, "prepare": BINARY, "log_every": 1, "schedule": {}, "ema": 0.5}
     result = run(**changes)
-    assert seen == [
-        {"rules": [{"match": "5", "input": {"method": "sign"}}, {"match": "0", "exclude": True}]},
-        {"rules": [{"match": "5", "weight": {"method": "bnn"}}, {"match": "0", "exclude": True}]},
-    ]
     rows = curve("run")
-    assert [row["stage"] for row in rows] == ["0"] * 5 + ["1"] * 10
-    assert [float(row["lr"]) for row in rows[:6]] == [0.1] * 5 + [0.02]
-    assert all(row["flip_rate"] == "" for row in rows[:5])
-    assert all(float(row["estimating_error"]) > 0 for row in rows[5:])
-    assert any(float(row["flip_rate"]) > 0 for row in rows[6:])
-    lines = [json.loads(line) for line in Path("run/diagnostics.jsonl").open()]
-    assert [line["step"] for line in lines] == [10, 15]
-    assert sum(lines[0]["layers"]["5.weight"]["latent"]["counts"]) == 48
-    assert float(result.model[5].parametrizations.weight[0].estimator.progress) == pytest.approx(0.9)
-
-    from pennyweight.training import loop
-
-    saved = loop.save_checkpoint
-    for stop in (5, 10):  # the boundary of the stages, and inside the second
-
-        def stopping(path, tensors, state, stop=stop):
-            saved(path, tensors, state)
-            if state["step"] == stop:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(loop, "save_checkpoint", stopping)
-        settings = TrainingRecipe.from_dict(recipe(**changes | {"output": f"stop{stop}"}))
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
-        monkeypatch.setattr(loop, "save_checkpoint", saved)
-        train(settings, resume=True)
-        assert curve(f"stop{stop}") == rows
-        assert [json.loads(line) for line in Path(f"stop{stop}/diagnostics.jsonl").open()] == lines
+    assert [row["stage"] for row in rows] == ["0"] * 6 + ["1"] * 6
+    assert [float(row["lr"]) for row in rows[:7]] == [0.1] * 6 + [0.02]
+    assert all(row["flip_rate"] == "" for row in rows[:6])
+    assert all(float(row["estimating_error"]) > 0 for row in rows[6:])
+    assert all(float(row["flip_rate"]) >= 0 for row in rows[7:])
+    assert [line["step"] for line in lines_of("run")] == [6, 10, 12]
+    assert sum(lines_of("run")[0]["layers"]["5.weight"]["latent"]["counts"]) == 48
+    assert result.report["packed_bytes"] == sum(
+        (here / "run" / "packed" / name).stat().st_size for name in ("model.safetensors", "config.json")
+    )
+    stop_and_resume(monkeypatch, [6, 10], changes, rows)
+    assert lines_of("stop10") == lines_of("stop6") == lines_of("run")
 
 
-def test_stage_rules_add_what_is_missing():
-    assert stage_rules(RULES, "none", "all") == [RULES]
-    assert stage_rules(RULES, "all", "all") == stage_rules(RULES, "none", "none") == []
-    with pytest.raises(PlanError, match="stays so"):
-        TrainingRecipe.from_dict(
-            recipe(steps=None, prepare=RULES, stages=[{"steps": 1}, {"steps": 1, "quantise": "activations"}])
-        )
+def test_a_recipes_hook_acts_from_its_share_of_the_training_on(here):
+    """CGA with an empty band freezes the quantised weights from half of the steps on; the others go on learning."""
+    rules = {"rules": [{"match": "5", "weight": {"method": "lsq", "bits": 2}}]}
+    changes = {"prepare": rules, "schedule": {"name": "constant"}, "log_every": 1, "steps": 8}
+    run(hooks=[{"method": "cga", "band": 0.0, "start": 0.5}], **changes)
+    run(output="free", **changes)
+    assert [row["loss"] for row in curve("run")[:5]] == [row["loss"] for row in curve("free")[:5]]
+    assert [row["loss"] for row in curve("run")[6:]] != [row["loss"] for row in curve("free")[6:]]
+    with pytest.raises(UnknownNameError, match="around the step"):
+        run(output="none", hooks=[{"method": "cgb"}], **changes)
+
+
+def test_frozen_parameters_stay_and_resume(here, monkeypatch):
+    changes = {"freeze": {"0.*": 0.5}, "steps": 8, "log_every": 1}
+    whole = run(**changes)
+    fixed = run(output="fixed", **changes | {"freeze": {"0.*": 0}})
+    torch.manual_seed(derived_seed(0, "model"))
+    assert torch.equal(fixed.model[0].weight, import_zoo().mlp()[0].weight)
+    assert not torch.equal(whole.model[0].weight, fixed.model[0].weight)
+    stop_and_resume(monkeypatch, [5], changes, curve("run"))
+    assert torch.equal(load_file("stop5/" + MODEL)["0.weight"], whole.model[0].weight)
 
 
 # -------------------------------------------------------------------------------------------------------------- data

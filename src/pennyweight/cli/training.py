@@ -58,6 +58,8 @@ def _table(result: TrainingResult) -> Table:
     for split in ("validation", "test"):
         for name, value in report.get(split, {}).items():
             table.add_row(f"{split} {name}", f"{100 * value:.2f} %" if name == "accuracy" else _number(value))
+    if report.get("packed_bytes"):
+        table.add_row("bytes, packed", f"{report['packed_bytes']:,}")
     for name in ("flip_rate", "oscillation_rate", "estimating_error", "gradient_instability"):
         if name in report["last"]:
             table.add_row(name.replace("_", " "), _number(report["last"][name]))

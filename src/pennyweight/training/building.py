@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .. import models, registry
 from ..checkpoints import load_checkpoint
 from ..errors import ArtifactError, PlanError, UnknownNameError
 from ..factory import FACTORY, call_factory
+from .hooks import StepHook
 from .settings import ModelSettings, OptimizerSettings
 
 #: Optimizers of torch.optim that step without a closure on dense gradients.
@@ -62,14 +63,14 @@ def make_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim
     Raises UnknownNameError for names there are not, PlanError for options that the optimizer refuses or if there is
     nothing to train.
     """
-    kind = _TORCH_OPTIMIZERS.get(settings.name)
+    kind: Any = _TORCH_OPTIMIZERS.get(settings.name)
     if kind is None:
-        registered = {entry.name: entry.target for entry in registry.methods("optim")}
+        registered = {name: kind for name, kind in _registered().items() if issubclass(kind, torch.optim.Optimizer)}
         if settings.name not in registered:
             raise UnknownNameError("optimizer", settings.name, [*_TORCH_OPTIMIZERS, *registered])
         kind = registered[settings.name]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+    parameters = list(model.parameters())  # frozen ones, too: they have no gradient, and a schedule may freeze more
+    if not any(p.requires_grad for p in parameters):
         raise PlanError(f"{type(model).__name__} has no parameter to train")
     groups = [{"params": list(parameters), "weight_decay": settings.weight_decay}]
     if settings.decay == "matrices":
@@ -81,6 +82,27 @@ def make_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim
         return kind([group for group in groups if group["params"]], lr=settings.lr, **settings.options)
     except (TypeError, ValueError) as error:
         raise PlanError(f"optimizer {settings.name} refuses its options: {error}") from None
+
+
+def make_hook(entry: Mapping[str, Any], model: nn.Module) -> StepHook:
+    """The registered method of `optim` that acts around the step: {method: name, option: value, ...}.
+
+    Raises UnknownNameError for names there are not, PlanError for options that it does not take.
+    """
+    options = dict(entry)
+    name = options.pop("method", None)
+    known = {name: kind for name, kind in _registered().items() if hasattr(kind, "before_step")}
+    if name not in known:
+        raise UnknownNameError("method around the step", str(name), known)
+    try:
+        inspect.signature(known[name]).bind(model, **options)
+    except TypeError as error:
+        raise PlanError(f"{name}: {error}") from None
+    return known[name](model, **options)
+
+
+def _registered() -> dict[str, type]:
+    return {entry.name: entry.target for entry in registry.methods("optim") if inspect.isclass(entry.target)}
 
 
 def _factories() -> dict[str, Callable[..., nn.Module]]:

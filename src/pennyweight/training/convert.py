@@ -13,6 +13,7 @@ prepared model in eval mode: the same bits for products of signs and thresholds,
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,7 +26,7 @@ from ..errors import PlanError, WeightError
 from ..formats import Binary, PackedWeight
 from ..kernels.binary import Thresholds, find_thresholds
 from ..layers.base import LayerTransform, SignInput, make_layer_transform
-from ..layers.packed import install
+from ..layers.packed import PackedModule, install
 from ..layers.quantised import (
     QuantisedConv1d,
     QuantisedConv2d,
@@ -49,12 +50,14 @@ def convert(model: nn.Module) -> nn.Module:
     """Turn a prepared model into its packed form, in place, in eval mode, and return it. See the module.
 
     The result is an ordinary model that `pennyweight.save` stores, every tensor that is not packed exactly.
-    Raises `PlanError` if no layer is prepared; `WeightError`, naming the layer, if its weights or inputs are not yet
-    what the method promises or hold NaN. The model is then as it was.
+    Raises `PlanError` if no layer is prepared, or the model is converted already; `WeightError`, naming the layer, if
+    its weights or inputs are not yet what the method promises or hold NaN. The model is then as it was.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLayer)}
-    if not any(weight_chain(layer) is not None or layer.input_quantizer is not None for layer in layers.values()):
+    if not layers:
         raise PlanError("the model holds no prepared layer; call pennyweight.prepare(model, recipe) and train it first")
+    if any(isinstance(layer, PackedModule) for layer in layers.values()):
+        raise PlanError("the model is converted already")
     with evaluating(model):
         stored = {name: _stored(name, layer) for name, layer in layers.items()}
     model.eval()
@@ -62,8 +65,8 @@ def convert(model: nn.Module) -> nn.Module:
         layer = layers[name]
         if weight_chain(layer) is not None:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        if parts.dense is not None:
-            layer.weight.copy_(parts.dense)
+        if parts.weight is not None:  # a new parameter: other layers may share the latent one
+            layer.weight = nn.Parameter(parts.weight.detach().clone())
         layer.scale = parts.scale
         if parts.signs is not None and _multiplies_signs(layer, parts.packed):
             set_sign_input(layer, parts.signs)
@@ -75,11 +78,11 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 class _Stored(NamedTuple):
-    """What is kept of a layer: its codes, packed; scales [outputs]; the weight if it is not packed; signs it takes."""
+    """What is kept of a layer: codes, packed; scales [outputs]; the codes, or the weight not packed; signs it takes."""
 
     packed: PackedWeight | None = None
     scale: Tensor | None = None
-    dense: Tensor | None = None
+    weight: Tensor | None = None
     signs: SignInput | None = None
 
 
@@ -98,7 +101,7 @@ def _stored(name: str, layer: QuantisedLayer) -> _Stored:
             raise WeightError("the weight holds NaN or infinity; training has diverged, go back to a checkpoint")
         packed = last.packed(weight)
         if packed is None:
-            return _Stored(dense=last(weight), signs=signs)
+            return _Stored(weight=last(weight), signs=signs)
         codes, scale = last.factors(weight)
         scale = None if scale is None else scale.float().clone()
         packed, scale = _exact(packed, codes.float().flatten(1), scale)
@@ -106,7 +109,7 @@ def _stored(name: str, layer: QuantisedLayer) -> _Stored:
             packed, scale = _unit_signs(packed, scale)
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from error
-    return _Stored(packed, scale, signs=signs)
+    return _Stored(packed, scale, codes, signs)
 
 
 def _plain_signs(layer: QuantisedLayer, signs: SignInput) -> LayerTransform:
@@ -163,42 +166,49 @@ class _Tracer(fx.Tracer):
 
 def _fold_thresholds(model: nn.Module) -> None:
     """Turn batch norms between layers of signs into thresholds, in place."""
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # tracing runs the user's forward on stand-ins, which can fail in any way
-        return
-    modules = dict(model.named_modules(remove_duplicate=False))
-    called: dict[nn.Module, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            module = modules[str(node.target)]
-            called[module] = called.get(module, 0) + 1
-    for node in graph.nodes:
-        path = _path_to_signs(node, modules, called)
-        if path is None:
-            continue
-        first, norm, *between, last = path
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for first, norm, *between, last in _paths(model):
         thresholds = _thresholds(first, norm, between, last)
         if thresholds is None:
             continue
         first.output_threshold, first.output_flip = thresholds.threshold, thresholds.flip
         first.scale = first.bias = last.input_threshold = None
         gone = [norm, *(module for module in between if not isinstance(module, nn.Identity))]
-        remove_modules(model, [name for name, module in modules.items() if module in gone])
+        remove_modules(model, [name for module in gone for name in names[module]])
 
 
-def _path_to_signs(node: fx.Node, modules: dict[str, nn.Module], called: dict[nn.Module, int]) -> list[Any] | None:
-    """[layer of signs, batch norm, order-keeping modules, layer of signs] that starts at a node, or None."""
+def _paths(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Every (layer of signs, batch norm, order-keeping modules, layer of signs) that nothing leaves on its way.
+
+    Of a forward with optional arguments, those that are there with and without them.
+    """
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    try:
+        graphs = [_Tracer().trace(model, concrete_args=given) for given in ([None, defaults] if defaults else [None])]
+    except Exception:  # tracing runs the user's forward on stand-ins, which can fail in any way
+        return []
+    found, *others = ([path for node in graph.nodes if (path := _path(node, model))] for graph in graphs)
+    return [path for path in found if all(path in other for other in others)]
+
+
+def _path(node: fx.Node, model: nn.Module) -> tuple[Any, ...] | None:
+    """The path that starts at a node, or None."""
     path: list[Any] = []
-    while node.op == "call_module" and called[modules[str(node.target)]] == 1:
-        module = modules[str(node.target)]
+    while node.op == "call_module" and sum(other.target == node.target for other in node.graph.nodes) == 1:
+        module = model.get_submodule(str(node.target))
         path.append(module)
         if len(path) == 1:
             fits = isinstance(module, QuantisedLayer) and module.takes_signs and not _after_product(module)
         elif len(path) == 2:
             fits = isinstance(module, _BatchNorm) and module.running_mean is not None
         elif isinstance(module, QuantisedLayer):
-            return path if _takes_bits(path[0], module) else None
+            return tuple(path) if _takes_bits(path[0], module) else None
         else:
             fits = isinstance(module, _ORDER_KEEPING)
         if not fits or len(node.users) != 1:

@@ -4,17 +4,20 @@
 
 What a run computes is a function of its recipe: the order of samples, augmentation, dropout and the learning rate
 follow from (seed, step), so a resumed run continues bit for bit, and the same recipe on several processes
-(`accelerate launch --num_processes 2 -m pennyweight train RECIPE.yaml`) sees the same batches: `batch` counts the
-samples of one optimizer step over all processes and accumulated parts. Batch norm takes its statistics from each part.
+(`accelerate launch --multi_gpu --num_processes 2 -m pennyweight train RECIPE.yaml`, on CPUs, too) sees the same
+batches: `batch` counts the samples of one optimizer step over all processes and accumulated parts. Batch norm takes its
+statistics from each part alone.
 
 One step: draw the rows of the batch; forward and backward of each part; unscale; measure; clip; hooks before,
 optimizer, hooks after, average. `step` counts batches; updates that mixed precision skips are logged as
-skipped_steps, and neither hooks, average nor flip rates count them. An epoch is as many whole batches as the training split holds.
+skipped_steps, and neither hooks, average nor flip rates count them. An epoch is as many whole batches as the
+training split holds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from ..artifact import save
 from ..bench.results import versions
 from ..compress.data import output_tensor
 from ..compress.distillation import divergence
-from ..compress.observe import evaluating
-from ..errors import ArtifactError, DataError, PlanError, require
+from ..errors import ArtifactError, DataError, PlanError, WeightError, require, warn
 from .averaging import WeightAverage
-from .building import make_model, make_optimizer
+from .building import make_hook, make_model, make_optimizer
 from .checkpoint import (
     CHECKPOINT,
     join_optimizer,
@@ -43,16 +45,23 @@ from .checkpoint import (
     save_tensors,
     split_optimizer,
 )
+from .convert import convert
 from .data import Split, load_data
 from .diagnostics import Diagnostics, totals
+from .evaluation import evaluate, task_loss, try_out
 from .hooks import StepHook, attach, hooks_of
 from .learning_rate import learning_rate_factor
 from .metrics import Log, replacing
+from .prepare import prepare
 from .randomness import derived_seed, generator
-from .settings import LossSettings, StageSettings, TrainingRecipe
+from .schedule import Schedule, set_progress
+from .settings import StageSettings, TrainingRecipe
 
 MODEL, RECIPE, REPORT = "model.safetensors", "recipe.yaml", "report.json"
+PACKED = "packed"
 _EVALUATION_BATCH = 512
+#: Samples that input quantisers are fitted to.
+_CALIBRATION = 256
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ def train(
             + ("; give another output" if (directory / REPORT).exists() else "; resume it, or give another output")
         )
     try:
-        accelerator = accelerate.Accelerator(mixed_precision=recipe.precision)
+        accelerator = accelerate.Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=recipe.precision)
     except ValueError as error:
         raise PlanError(f"precision {recipe.precision} is not to be had here: {error}") from None
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
@@ -108,7 +117,7 @@ class _Training:
         hooks: Sequence[StepHook],
         progress: Callable[[str, int, int], None],
     ) -> None:
-        self.recipe, self.accelerator, self.given_hooks, self.progress = recipe, accelerator, hooks, progress
+        self.recipe, self.accelerator, self.progress = recipe, accelerator, progress
         self.directory = Path(recipe.output)
         self.main: bool = accelerator.is_main_process
         _check_setup(recipe, accelerator)
@@ -125,18 +134,23 @@ class _Training:
                 f"{recipe.accumulate} parts; give a multiple of {self.parts}"
             )
         self.lengths = [_steps(stage, self.per_epoch) for stage in recipe.all_stages]
+        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
         torch.manual_seed(derived_seed(recipe.seed, "model"))
         self.model: nn.Module = make_model(recipe.model).to(accelerator.device)
         self.teacher: nn.Module | None = None
         if recipe.teacher is not None:
             self.teacher = make_model(recipe.teacher.model).to(accelerator.device).requires_grad_(False).eval()
-        self._try_out()
+        try_out(self.model, self.data.train, recipe)
+        if recipe.prepare is not None:
+            rows = self._rows_of_epoch(0)[:_CALIBRATION]
+            prepare(self.model, recipe.prepare, data=[self.data.train.batch(rows)[0]])
+        self.schedule = Schedule(self.model, sum(self.lengths), (recipe.anneal[0], recipe.anneal[1]), recipe.freeze)
+        self.hooks = [*(make_hook(entry, self.model) for entry in recipe.hooks), *hooks]
         self.step = self.skipped = 0
         self.losses: list[Tensor] = []
         self.earlier: tuple[float, int] = (0.0, 0)  # sum and count of the interval's losses before a resume
         self.seconds = 0.0
         self.last_row: dict[str, Any] = {}
-        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     # ------------------------------------------------------------------------------------------------------- stages
 
@@ -151,9 +165,7 @@ class _Training:
         self.clock = lambda: self.seconds + time.perf_counter() - started
         first = 0
         for index, length in enumerate(self.lengths):
-            if stored is not None and self.step > first + length:
-                self._quantise(index)  # the structure it gave the model is that of the checkpoint, too
-            else:
+            if stored is None or self.step <= first + length:  # at the border of two stages, the earlier one's
                 self._begin(index)
                 if stored is not None:
                     self._restore(stored)
@@ -166,22 +178,15 @@ class _Training:
         return self._finish()
 
     def _begin(self, index: int) -> None:
-        """Prepare the model for a stage; a new optimizer, since the parameters may be new."""
+        """A new optimizer and average for a stage, and the wrappers of accelerate."""
         stage = self.recipe.all_stages[index]
-        self._quantise(index)
-        self.schedule = self.recipe.schedule_of(stage)
-        settings = self.recipe.optimizer_of(stage)
-        self.optimizer = make_optimizer(settings, self.model)
+        self.rate_schedule = self.recipe.schedule_of(stage)
+        self.optimizer = make_optimizer(self.recipe.optimizer_of(stage), self.model)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        attach(self.optimizer, [*hooks_of(self.model), *self.given_hooks])
+        attach(self.optimizer, [*hooks_of(self.model), *self.hooks])
         self.average = None if self.recipe.ema is None else WeightAverage(self.model, self.recipe.ema)
         self.diagnostics = Diagnostics(self.model) if self.recipe.diagnostics and self.main else None
         self.updated = False  # whether the latest step was carried out
-        self.set_progress: Callable[[nn.Module, float], None] = lambda model, value: None
-        if self.recipe.prepare is not None:
-            from .schedule import set_progress
-
-            self.set_progress = set_progress
         self.model.train()
         self.runner, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
 
@@ -192,35 +197,28 @@ class _Training:
         if self.diagnostics is not None:
             self.diagnostics.close()
 
-    def _quantise(self, index: int) -> None:
-        """Register what the stage's `quantise` adds to what earlier stages did."""
-        if self.recipe.prepare is None:
-            return
-        from .prepare import prepare
-
-        done = self.recipe.all_stages[index - 1].quantise if index else "none"
-        for section in stage_rules(self.recipe.prepare, done, self.recipe.all_stages[index].quantise):
-            prepare(self.model, section)
-
     # --------------------------------------------------------------------------------------------------------- step
 
-    def _rows(self) -> Tensor:
-        """Rows of the step's batch, the same on every process."""
-        epoch, place = divmod(self.step, self.per_epoch)
+    def _rows_of_epoch(self, epoch: int) -> Tensor:
+        """All rows of the training split in the epoch's order, the same on every process."""
         if self.order[0] != epoch:
-            self.order = (
-                epoch,
-                torch.randperm(len(self.data.train), generator=generator(self.recipe.seed, "order", epoch)),
-            )
-        return self.order[1][place * self.recipe.batch : (place + 1) * self.recipe.batch]
+            draw = generator(self.recipe.seed, "order", epoch)
+            self.order = (epoch, torch.randperm(len(self.data.train), generator=draw))
+        return self.order[1]
+
+    def _tell_hooks(self) -> None:
+        """Hooks that are not part of the model follow the same progress."""
+        for hook in self.hooks:
+            if isinstance(hook, nn.Module):
+                set_progress(hook, self.schedule.progress)
 
     def _one_step(self, at: int, length: int) -> None:
         recipe, rank = self.recipe, self.accelerator.process_index
-        rows = self._rows()
+        epoch, place = divmod(self.step, self.per_epoch)
+        rows = self._rows_of_epoch(epoch)[place * recipe.batch : (place + 1) * recipe.batch]
         augmentation = self.data.train.augmentation(len(rows), generator(recipe.seed, "augment", self.step))
-        self.set_progress(self.model, at / length)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * learning_rate_factor(at, length, self.schedule)
+            group["lr"] = rate * learning_rate_factor(at, length, self.rate_schedule)
         torch.manual_seed(derived_seed(recipe.seed, "forward", self.step, rank))
         if self.diagnostics is not None:
             self.diagnostics.watch(self.updated)
@@ -247,8 +245,11 @@ class _Training:
         self.stepper.zero_grad()
         self.updated = not self.stepper.step_was_skipped
         self.skipped += not self.updated
-        if self.updated and self.average is not None:
-            self.average.update()
+        if self.updated:
+            self.schedule.step()
+            self._tell_hooks()
+            if self.average is not None:
+                self.average.update()
         self.step += 1
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -283,6 +284,11 @@ class _Training:
         if self.step % self.recipe.checkpoint_every == 0 or self.step == stage_end:
             self._finite_losses()
             self._save()
+
+    def _evaluate(self, split: Split) -> dict[str, float]:
+        """Of the averaged weights, if there are."""
+        with contextlib.nullcontext() if self.average is None else self.average.applied():
+            return evaluate(self.model, split, self.recipe.loss, self.accelerator)
 
     def _finite_losses(self) -> tuple[float, int]:
         """Sum and count of the losses of the interval so far; raises DataError at the first that is not finite."""
@@ -327,25 +333,6 @@ class _Training:
         if self.log is not None:
             self.log.row(row)
 
-    @torch.no_grad()
-    def _evaluate(self, split: Split) -> dict[str, float]:
-        """Mean loss (no smoothing, no teacher) and, for classes, accuracy in 0..1; of the averaged weights if any."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        classes = self.recipe.loss.name == "cross-entropy"
-        sums = torch.zeros(4, device=self.accelerator.device)  # loss, samples; right answers, answers
-        context = contextlib.nullcontext() if self.average is None else self.average.applied()
-        with context, evaluating(self.model):
-            for rows in torch.arange(rank, len(split), world).split(_EVALUATION_BATCH):
-                inputs, targets = split.batch(rows)
-                output = output_tensor(self.model(inputs)).float()
-                sums[0] += task_loss(output, targets, LossSettings(self.recipe.loss.name)) * len(rows)
-                sums[1] += len(rows)
-                if classes:
-                    sums[2] += (output.argmax(-1) == targets).sum()
-                    sums[3] += targets.numel()
-        loss, samples, right, answers = self.accelerator.reduce(sums, "sum").tolist()
-        return {"loss": loss / samples} | ({"accuracy": right / answers} if classes else {})
-
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self) -> None:
@@ -361,6 +348,7 @@ class _Training:
             "losses": self.earlier,
             "seconds": self.clock(),
             "optimizer": rest,
+            "schedule": self.schedule.state_dict(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
         if self.average is not None:
@@ -382,6 +370,8 @@ class _Training:
             raise ArtifactError(
                 f"{path} does not fit the model of this recipe: {' '.join(str(error).split())}"
             ) from None
+        self.schedule.load_state_dict(state["schedule"])
+        self._tell_hooks()
         if self.diagnostics is not None:
             self.diagnostics.load_state_dict(stored.part("diagnostics"), state["diagnostics"])
         if self.accelerator.scaler is not None:
@@ -406,6 +396,9 @@ class _Training:
         if self.average is not None:
             self.average.store()
         self.model.eval()
+        set_progress(self.model, 1.0)
+        if self.main and self.recipe.prepare is not None:
+            report["packed_bytes"] = self._save_packed()
         report |= {"seconds": round(self.clock(), 3), "versions": versions(("pennyweight", "torch", "accelerate"))}
         if self.log is not None:
             self.log.close()
@@ -417,56 +410,13 @@ class _Training:
         self.accelerator.wait_for_everyone()
         return TrainingResult(self.model, self.directory, report)
 
-    def _try_out(self) -> None:
-        """Two samples through the untrained model; raises DataError if it does not take them or has too few outputs."""
-        inputs, targets = self.data.train.batch(torch.arange(2))
+    def _save_packed(self) -> int | None:
+        """The converted model as an artifact; returns its bytes, or None (and warns) if there is nothing to pack."""
         try:
-            with torch.no_grad(), evaluating(self.model):
-                output = output_tensor(self.model(inputs))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"{self.recipe.model.name} does not take inputs of {self.recipe.data.name}, which are "
-                f"{inputs.dtype} {list(inputs.shape)}: {reason}"
-            ) from error
-        task_loss(output.float(), targets, self.recipe.loss)
-        if self.recipe.loss.name == "cross-entropy" and int(self.data.train.targets.max()) >= output.shape[-1]:
-            raise DataError(
-                f"{self.recipe.data.name} has class {int(self.data.train.targets.max())}, but {self.recipe.model.name} "
-                f"gives {output.shape[-1]} logits; set its number of classes in model.options"
-            )
-
-
-def task_loss(output: Tensor, targets: Tensor, settings: LossSettings) -> Tensor:
-    """Mean loss of output [..., classes] and integer targets [...], or of two tensors of one shape for mse.
-
-    Raises DataError if the shapes or kinds do not fit the loss.
-    """
-    classes = settings.name == "cross-entropy"
-    if output.shape[: -1 if classes else None] != targets.shape or targets.is_floating_point() == classes:
-        wanted = (
-            "integer targets of the output's shape without its last axis" if classes else "real targets of its shape"
-        )
-        raise DataError(
-            f"{settings.name} needs {wanted}: the output is {list(output.shape)}, the targets are {targets.dtype} "
-            f"{list(targets.shape)}; choose another loss or mend the data"
-        )
-    if not classes:
-        return F.mse_loss(output, targets)
-    return F.cross_entropy(output.flatten(0, -2), targets.flatten(), label_smoothing=settings.label_smoothing)
-
-
-def stage_rules(section: Mapping[str, Any], done: str, wanted: str) -> list[dict[str, Any]]:
-    """What `prepare` is still to be given when the rules in force go from `done` to `wanted`."""
-    if wanted == done:
-        return []
-    if wanted == "all" and done == "none":
-        return [dict(section)]
-    part = "input" if wanted == "activations" else "weight"
-    rules = [
-        {key: value for key, value in rule.items() if key in ("match", "exclude", part)} for rule in section["rules"]
-    ]
-    return [{**section, "rules": [rule for rule in rules if rule.keys() != {"match"}]}]
+            return save(convert(copy.deepcopy(self.model)), self.directory / PACKED)
+        except (PlanError, WeightError) as error:
+            warn(f"the model is trained, but not packed: {error}")
+            return None
 
 
 def _steps(stage: StageSettings, per_epoch: int) -> int:
@@ -484,6 +434,8 @@ def _check_setup(recipe: TrainingRecipe, accelerator: Any) -> None:
         raise PlanError(
             f"{kind} divides the parameters, which checkpoints here do not; launch with plain data parallelism"
         )
+    if recipe.freeze and accelerator.num_processes > 1:
+        raise PlanError("freeze takes gradients away, which parallel processes do not allow; leave one out")
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise PlanError("precision fp16 needs a GPU; use bf16 here")
     if recipe.precision == "fp16" and recipe.optimizer.options.get("fused"):

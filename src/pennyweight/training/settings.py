@@ -107,13 +107,13 @@ class TeacherSettings:
 class StageSettings:
     """A part of the training with an optimizer and a schedule of its own, from warm-up to floor.
 
-    quantise: which of the rules of `prepare` are in force from here on: `activations` (their weights come in a later
-    stage), `all` or `none`. optimizer, schedule: keys that differ from the recipe's.
+    optimizer, schedule: keys that differ from the recipe's. What is quantised from where on is no matter of stages but
+    of progress, which runs over all of them: weights that wait in a rule with `start: 0.5` become binary at half of the
+    steps, activations first (the `two-stage` preset).
     """
 
     epochs: float | None = None
     steps: int | None = None
-    quantise: Literal["none", "activations", "all"] = "all"
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
 
@@ -124,6 +124,8 @@ class TrainingRecipe:
 
     accumulate: parts the batch of a process is computed in. clip: largest norm of the gradient. ema: decay of the
     averaged weights, which are then the ones evaluated and saved. precision: bf16 and fp16 are mixed precision.
+    prepare: what `pennyweight.prepare` takes. anneal, freeze: of the Schedule of what it registers, in shares of all
+    steps. hooks: registered methods that act around the step, [{method: cga, band: 0.005}].
     log_every, checkpoint_every: steps; an epoch's end is always logged. diagnostics: measure quantised weights.
     """
 
@@ -136,6 +138,9 @@ class TrainingRecipe:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     prepare: dict[str, Any] | None = None
+    anneal: tuple[float, ...] = (0.0, 1.0)
+    freeze: dict[str, float] = field(default_factory=dict)
+    hooks: tuple[dict[str, Any], ...] = ()
     stages: tuple[StageSettings, ...] = ()
     teacher: TeacherSettings | None = None
     seed: int = 0
@@ -157,24 +162,19 @@ class TrainingRecipe:
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 or more steps")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "a positive norm")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay between 0 and 1")
+        _require(len(self.anneal) == 2, "anneal", self.anneal, "two shares of the training, such as [0, 1]")
         _require(self.data.validation >= 0, "data.validation", self.data.validation, "0 or more samples")
         if self.teacher is not None:
             _require(0 <= self.teacher.weight <= 1, "teacher.weight", self.teacher.weight, "a share from 0 to 1")
             _require(self.teacher.temperature > 0, "teacher.temperature", self.teacher.temperature, "a positive number")
         if self.stages and (self.epochs is not None or self.steps is not None):
             raise PlanError("the recipe has stages and epochs or steps beside them; give each stage its own")
-        reached = "none"
         for index, stage in enumerate(self.all_stages):
             where = f"stages[{index}]" if self.stages else "the recipe"
             given = [name for name in ("epochs", "steps") if getattr(stage, name) is not None]
             if len(given) != 1:
                 raise PlanError(f"{where}: give either epochs or steps, found {' and '.join(given) or 'none'}")
             _require(getattr(stage, given[0]) > 0, f"{where}: {given[0]}", getattr(stage, given[0]), "more than 0")
-            if stage.quantise != "none" and self.stages and self.prepare is None:
-                raise PlanError(f"{where}: quantise is {stage.quantise}, but the recipe has no prepare section")
-            if _PARTS.index(stage.quantise) < _PARTS.index(reached):
-                raise PlanError(f"{where}: quantise is {stage.quantise} after {reached}; what is quantised stays so")
-            reached = stage.quantise
             schedule = self.schedule_of(stage)
             self.optimizer_of(stage)
             _require(0 <= schedule.warmup < 1, "schedule.warmup", schedule.warmup, "a share of the steps, 0 to below 1")
@@ -194,8 +194,7 @@ class TrainingRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults included; `from_dict` gives the same recipe back."""
         values = dataclasses.asdict(self)
-        values["stages"] = list(values["stages"])
-        return values
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingRecipe:
@@ -274,7 +273,6 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return float(value) if kind is float else value
 
 
-_PARTS = ("none", "activations", "all")
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
 
 
