@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401  (importing a method registers it)
     dorefa_activation,
+    dprelu,
     fda_activation,
     rprelu,
     sign_activation,
