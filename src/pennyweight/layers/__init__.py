@@ -1,9 +1,12 @@
 """Modules of the forward graph: where weights sit in a model, packed layers, quantised inputs and outputs."""
 
 from . import (  # noqa: F401  (importing a method registers it)
+    denoise_affine_activation,
     dorefa_activation,
     dprelu,
     fda_activation,
+    lsq_activation,
+    query_key,
     rprelu,
     sign_activation,
     spatial_scale,

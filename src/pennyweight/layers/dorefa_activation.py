@@ -20,7 +20,7 @@ from .base import LayerTransform
 class DoReFaActivation(LayerTransform):
     """Any shape and floating type. bits: 1 to 16, else `PlanError`."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int = 2) -> None:
         super().__init__()
         if not 1 <= bits <= 16:
             raise PlanError(f"'dorefa' inputs have 1 to 16 bits, not {bits}")

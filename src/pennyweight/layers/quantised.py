@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import ArtifactError, DataError, PlanError
 from ..kernels import binary
@@ -312,7 +313,9 @@ def restore(model: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Te
 
 
 def _restore_layer(module: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    layer = quantise(module)
+    if weight_chain(module) is not None:  # of a layer that the model itself makes with transforms
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    layer = module if isinstance(module, QuantisedLayer) else quantise(module)
     for role in _ROLES:
         if role in found:
             made = make_layer_transform(found[role], layer)
@@ -324,7 +327,7 @@ def _restore_layer(module: nn.Module, found: Mapping[str, Any], tensors: Mapping
     for name in found.get("buffers", ()):
         if name not in tensors:
             raise AttributeError(f"the layer's {name} is missing")
-        setattr(layer, name, torch.empty(tensors[name].shape, dtype=_BUFFERS[name], device=module.weight.device))
+        setattr(layer, name, torch.empty(tensors[name].shape, dtype=_BUFFERS[name], device=layer.weight.device))
     for flag in _FLAGS:
         setattr(layer, flag, bool(found.get(flag)))
     if found.get("no_bias"):

@@ -25,7 +25,7 @@ from ..errors import PlanError, WeightError
 from ..formats import Binary, PackedWeight
 from ..kernels.binary import Thresholds, find_thresholds
 from ..layers.base import LayerTransform, SignInput, make_layer_transform
-from ..layers.packed import install
+from ..layers.packed import PackedModule, install
 from ..layers.quantised import (
     QuantisedConv1d,
     QuantisedConv2d,
@@ -49,12 +49,14 @@ def convert(model: nn.Module) -> nn.Module:
     """Turn a prepared model into its packed form, in place, in eval mode, and return it. See the module.
 
     The result is an ordinary model that `pennyweight.save` stores, every tensor that is not packed exactly.
-    Raises `PlanError` if no layer is prepared; `WeightError`, naming the layer, if its weights or inputs are not yet
+    Raises `PlanError` if no layer is prepared, or the model is converted already; `WeightError`, naming the layer, if its weights or inputs are not yet
     what the method promises or hold NaN. The model is then as it was.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLayer)}
-    if not any(weight_chain(layer) is not None or layer.input_quantizer is not None for layer in layers.values()):
+    if not layers:
         raise PlanError("the model holds no prepared layer; call pennyweight.prepare(model, recipe) and train it first")
+    if any(isinstance(layer, PackedModule) for layer in layers.values()):
+        raise PlanError("the model is converted already")
     with evaluating(model):
         stored = {name: _stored(name, layer) for name, layer in layers.items()}
     model.eval()
@@ -62,8 +64,8 @@ def convert(model: nn.Module) -> nn.Module:
         layer = layers[name]
         if weight_chain(layer) is not None:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        if parts.dense is not None:
-            layer.weight.copy_(parts.dense)
+        if parts.weight is not None:  # a new parameter: other layers may share the latent one
+            layer.weight = nn.Parameter(parts.weight.detach().clone())
         layer.scale = parts.scale
         if parts.signs is not None and _multiplies_signs(layer, parts.packed):
             set_sign_input(layer, parts.signs)
@@ -75,11 +77,11 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 class _Stored(NamedTuple):
-    """What is kept of a layer: its codes, packed; scales [outputs]; the weight if it is not packed; signs it takes."""
+    """What is kept of a layer: codes, packed; scales [outputs]; the codes, or the weight not packed; signs it takes."""
 
     packed: PackedWeight | None = None
     scale: Tensor | None = None
-    dense: Tensor | None = None
+    weight: Tensor | None = None
     signs: SignInput | None = None
 
 
@@ -98,7 +100,7 @@ def _stored(name: str, layer: QuantisedLayer) -> _Stored:
             raise WeightError("the weight holds NaN or infinity; training has diverged, go back to a checkpoint")
         packed = last.packed(weight)
         if packed is None:
-            return _Stored(dense=last(weight), signs=signs)
+            return _Stored(weight=last(weight), signs=signs)
         codes, scale = last.factors(weight)
         scale = None if scale is None else scale.float().clone()
         packed, scale = _exact(packed, codes.float().flatten(1), scale)
@@ -106,7 +108,7 @@ def _stored(name: str, layer: QuantisedLayer) -> _Stored:
             packed, scale = _unit_signs(packed, scale)
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from error
-    return _Stored(packed, scale, signs=signs)
+    return _Stored(packed, scale, codes, signs)
 
 
 def _plain_signs(layer: QuantisedLayer, signs: SignInput) -> LayerTransform:

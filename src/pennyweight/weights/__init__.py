@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from . import binary, dorefa, fda  # noqa: F401  (importing a method registers it)
+from . import (  # noqa: F401  (importing a method registers it)
+    binary,
+    denoise_affine,
+    dorefa,
+    fda,
+    lsq,
+    statsq,
+)
 from .base import WeightTransform
 
 __all__ = ["WeightTransform"]

@@ -29,7 +29,7 @@ class DoReFaWeight(WeightTransform):
 
     discrete: ClassVar[bool] = True
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int = 2) -> None:
         super().__init__()
         if not 2 <= bits <= 8:
             raise PlanError(f"'dorefa' weights have 2 to 8 bits, not {bits}; one bit is 'binary' with scale: layer")

@@ -4,14 +4,14 @@ Oscillation-free Quantization for Low-bit Vision Transformers (OFQ), arXiv 2302.
 quantization. Row r of W [outputs, ...], b bits, n = 2^(b-1):
 
     s  = 2 mean |W_r|                             without gradient: nothing is learned, nothing can oscillate with it
-    c  = clamp(floor(n W / s), -n, n - 1)
+    c  = round(clamp(n W / s - 1/2, -n, n - 1))   half to even
     Wq = (c + 1/2) s / n                          2^b levels, none of them 0
     dL/dW = dL/dWq                                identity, for clamped entries too
 
-Departures. The code rounds n W/s - 1/2 half to even after clipping to 1 - 1e-6; floor and clamp give the same codes
-except exactly on a boundary, which belongs to the upper level here (so that the code of 0 is +), and need no special
-case at one bit, where Wq = mean |W_r| sign(W). A row of zeros keeps a step of the smallest normal number, so that it
-can learn. Of weights with more axes the rest of the axes belong to the row; the code averages 3-D weights otherwise.
+Departures. The code clips W / s to [-1, 1 - 1e-6] and rounds then; the clamp gives the same codes, except at one bit:
+the code's reach a third level there, here Wq = mean |W_r| sign(W). A row of zeros keeps a step of the smallest normal
+number, so that it can learn. All axes but the first belong to the row; of 3-D weights the code's
+rows are those of the middle axis.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..estimators import through
+from ..estimators import make_estimator, through
 from ..formats import Binary, Integer, PackedWeight
 from ..registry import register
 from .base import WeightTransform, per_output, require_finite
@@ -34,7 +34,9 @@ def statistical_step(weight: Tensor, bits: int) -> Tensor:
     return (mean * 2.0 ** (2 - bits)).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
-@register("statsq", acts_on="weights", paper="2302.02210", description="1 to 8 bits, step from the row's mean magnitude")
+@register(
+    "statsq", acts_on="weights", paper="2302.02210", description="1 to 8 bits, step from the row's mean magnitude"
+)
 class StatisticalQuantizer(WeightTransform):
     """Weights at (c + 1/2) steps, c in [-2^(bits-1), 2^(bits-1) - 1]. Raises `PlanError` unless bits is 1 to 8."""
 
@@ -45,6 +47,7 @@ class StatisticalQuantizer(WeightTransform):
         if bits not in range(1, 9):
             raise PlanError(f"statsq: bits is {bits}; choose 1 to 8")
         self.bits = bits
+        self.round = make_estimator("round")
 
     def fit(self, weight: Tensor) -> None:
         require_finite(weight)
@@ -54,11 +57,11 @@ class StatisticalQuantizer(WeightTransform):
         step = statistical_step(weight, self.bits)
         scaled = weight / per_output(step, weight)
         n = 1 << self.bits - 1
-        return through(scaled, scaled.floor().clamp(-n, n - 1) + 0.5, scaled.new_ones(())), step
+        return self.round(through(scaled, (scaled - 0.5).clamp(-n, n - 1), scaled.new_ones(()))) + 0.5, step
 
     def forward(self, weight: Tensor) -> Tensor:
         levels, step = self.factors(weight)
-        return levels * per_output(step, weight)
+        return through(weight, levels * per_output(step, weight), weight.new_ones(()))
 
     def boundary_distance(self, weight: Tensor) -> Tensor:
         """Distance of each weight from the nearest boundary between two levels, in steps; shape of the weight."""
