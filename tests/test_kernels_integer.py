@@ -272,10 +272,14 @@ def test_malformed_weights_are_refused():
         for value in values:
             bad = dataclasses.replace(good, **{name: value})
             with pytest.raises((ValueError, TypeError, OverflowError)):
-                bad.native.linear(np.zeros((1, 40), np.float32), None, np.zeros((1, 70), np.float32), 16, 1)
-    for x, y in (((1, 39), (1, 70)), ((1, 40), (1, 71)), ((2, 40), (1, 70))):
+                bad.linear(torch.zeros(1, 40), torch.zeros(70))
+    for x, bias in (
+        (torch.zeros(1, 39), None),
+        (torch.zeros(1, 40), torch.zeros(71)),
+        (torch.zeros(1, 40, device="meta"), None),
+    ):
         with pytest.raises(ValueError):
-            good.native.linear(np.zeros(x, np.float32), None, np.zeros(y, np.float32), 16, 1)
+            good.linear(x, bias)
     with pytest.raises(ValueError):
         good.native.decode(3, 71, np.zeros((68, 40), np.float32), 1)
 
@@ -311,7 +315,8 @@ def test_fuzzed_weights_end_in_an_error_or_a_result(data):
         return
     n = small(0, 9)
     y = np.zeros((n, rows), np.float32)
-    weight.linear(rng.standard_normal((n, cols)).astype(np.float32), None, y, 16, 2)
+    x = rng.standard_normal((n, cols)).astype(np.float32)
+    weight.linear(x.ctypes.data, n, 0, y.ctypes.data, 16, 2)
     weight.decode(0, rows, np.zeros((rows, cols), np.float32), 2)
     assert np.isfinite(y).all()
 

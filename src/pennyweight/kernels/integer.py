@@ -132,21 +132,30 @@ class IntegerMatrix:
         return y if bias is None else y + bias.to(y.dtype)
 
     def _linear(self, x: Tensor, activation_bits: int, bias: Tensor | None = None) -> Tensor:
-        flat = x.reshape(-1, self.cols).to(torch.float32)
-        if activation_bits == 32:
-            y = self._in_float32(flat)
-        elif _cpu is None:
-            tell_once()
-            y = linear_reference(self, flat, activation_bits)
-        else:
-            y = torch.empty(flat.shape[0], self.rows)
-            inputs = flat.detach().contiguous()
-            shift = None if bias is None else bias.detach().to(torch.float32).contiguous().numpy()
-            self.native.linear(inputs.numpy(), shift, y.numpy(), activation_bits, torch.get_num_threads())
-            bias = None
-        if bias is not None:
-            y += bias
-        return y.view(*x.shape[:-1], self.rows).to(x.dtype)
+        if x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows):
+            raise ValueError(f"a weight [{self.rows}, {self.cols}] takes no input {list(x.shape)} with this bias")
+        if activation_bits == 32 or _cpu is None:
+            flat = x.reshape(-1, self.cols).to(torch.float32)
+            if activation_bits == 32:
+                y = self._in_float32(flat)
+            else:
+                tell_once()
+                y = linear_reference(self, flat, activation_bits)
+            if bias is not None:
+                y += bias
+            return y.view(*x.shape[:-1], self.rows).to(x.dtype)
+        inputs = _ready(x)
+        shift = None if bias is None else _ready(bias)
+        y = torch.empty((*x.shape[:-1], self.rows), dtype=torch.float32)
+        self.native.linear(
+            inputs.data_ptr(),
+            inputs.shape[:-1].numel(),
+            0 if shift is None else shift.data_ptr(),
+            y.data_ptr(),
+            activation_bits,
+            torch.get_num_threads(),
+        )
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def _in_float32(self, x: Tensor) -> Tensor:
         return torch.cat([F.linear(x, part) for part in self._decoded_parts()], 1)
@@ -202,6 +211,13 @@ class IntegerMatrix:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_native": None}  # copies make their own
+
+
+def _ready(values: Tensor) -> Tensor:
+    """As the kernels read it by its address."""
+    if values.device.type != "cpu":
+        raise ValueError(f"the kernels of the CPU take no tensor on {values.device}")
+    return values if values.dtype == torch.float32 and values.is_contiguous() else values.to(torch.float32).contiguous()
 
 
 def _flat(values: Tensor | None) -> Tensor | None:

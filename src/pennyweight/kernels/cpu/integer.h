@@ -5,7 +5,7 @@
 namespace pennyweight {
 
 constexpr std::size_t block_rows = 64;  // rows of a weight that lie together
-constexpr std::size_t span = 32;        // column bytes (8 columns each) whose sums fit 16 bits
+constexpr std::size_t span = 32;        // column bytes (8 columns each) whose sums, offset included, fit 16 bits
 
 // An integer weight [rows, cols] as the kernels read it; kernels/integer.py says what the numbers mean.
 //
@@ -43,7 +43,7 @@ struct Activations {
 struct IntegerKernels {
     // Quantises rows of x [.., cols] to whole numbers up to `largest`.
     void (*quantise)(const Integers &, const float *x, std::size_t first, std::size_t last, float largest, Activations &);
-    // Sums of four columns for each of the 16 choices of them: [cols / 4][low bytes 16, high bytes 16].
+    // Sums of four columns for each of the 16 choices of them: [cols / 4][fine bytes 16, coarse bytes 16].
     // part 0: of q; 1: of its low byte, as a signed number; 2: of what remains, in units of 256.
     void (*tables)(const std::int16_t *q, std::size_t cols, int part, std::uint8_t *out);
     // y[64] += the block's product with input m, in units of its step; by its tables where the weight has planes. Two

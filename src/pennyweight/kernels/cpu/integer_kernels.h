@@ -78,50 +78,92 @@ static void quantise(const Integers &w, const float *x, std::size_t first, std::
     }
 }
 
+// A sum of four inputs lies in -512 .. 511. It is kept as two bytes below 32, `fine` and `coarse`: the sum is
+// fine + 32 * coarse - 512. Eight of each add up in a byte, so only every eighth is widened. Sums carry their offset until
+// the end of a group: that way they are never negative, and `span` of them fit 16 bits.
+constexpr std::uint32_t table_offset = 512;
+constexpr std::size_t bytewise = 4;  // column bytes, of two look-ups, whose fine and coarse parts add up in bytes
+constexpr std::size_t short_span = 65535 / (3 * 2 * (2 * table_offset - 1));  // column bytes of which two planes, weighted 1 and 2, fit 16 bits
+
+using Sums = std::int16_t __attribute__((vector_size(32)));
+using Bytes = std::uint8_t __attribute__((vector_size(16)));
+
 static void tables(const std::int16_t *q, std::size_t cols, int part, std::uint8_t *out) {
-    alignas(64) static const std::int16_t chosen[4][16] = {  // whether a choice takes that input
+    constexpr Sums chosen[4] = {  // whether a choice takes that input
         {0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1},
         {0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1},
         {0, 0, 0, 0, -1, -1, -1, -1, 0, 0, 0, 0, -1, -1, -1, -1},
         {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1},
     };
     for (std::size_t k = 0; k < cols; k += 4, out += 32) {
-        std::int16_t x[4], sum[16];
+        Sums sum = {};
+        sum += static_cast<std::int16_t>(table_offset);
         for (int i = 0; i < 4; ++i) {
             const std::int16_t low = static_cast<std::int8_t>(static_cast<std::uint8_t>(q[k + i] & 255));
-            x[i] = part == 0 ? q[k + i] : part == 1 ? low : static_cast<std::int16_t>((q[k + i] - low) / 256);
+            const std::int16_t x = part == 0 ? q[k + i] : part == 1 ? low : static_cast<std::int16_t>((q[k + i] - low) >> 8);
+            sum += chosen[i] & x;
         }
-        for (int choice = 0; choice < 16; ++choice)
-            sum[choice] = static_cast<std::int16_t>((x[0] & chosen[0][choice]) + (x[1] & chosen[1][choice]) +
-                                                    (x[2] & chosen[2][choice]) + (x[3] & chosen[3][choice]));
-        for (int choice = 0; choice < 16; ++choice) out[choice] = static_cast<std::uint8_t>(sum[choice] & 255);
-        for (int choice = 0; choice < 16; ++choice) out[choice + 16] = static_cast<std::uint8_t>(sum[choice] >> 8 & 255);
+        const Bytes fine = __builtin_convertvector(sum & 31, Bytes), coarse = __builtin_convertvector(sum >> 5, Bytes);
+        std::memcpy(out, &fine, 16);
+        std::memcpy(out + 16, &coarse, 16);
     }
 }
 
-// acc += planes . q << shift for column bytes first .. last-1, by tables of one input
-PENNYWEIGHT_INLINE void look_up(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, unsigned shift, std::uint32_t *acc) {
+// What the tables add to the sums of `columns` columns, all planes together.
+PENNYWEIGHT_INLINE std::uint32_t offset_of(std::size_t columns, std::size_t bits, int parts) {
+    return static_cast<std::uint32_t>(columns / 4) * table_offset * ((1u << bits) - 1) * (parts == 2 ? 257 : 1);
+}
+
+// fine += , coarse += what `count` column bytes of a plane choose
+PENNYWEIGHT_INLINE void choose(const std::uint8_t *codes, std::size_t stride, const std::uint8_t *tables, std::size_t count, V *fine, V *coarse) {
+    for (std::size_t i = 0; i < count; ++i, codes += stride, tables += 64) {
+        const V fine0 = table(tables), coarse0 = table(tables + 16), fine1 = table(tables + 32), coarse1 = table(tables + 48);
+        for (std::size_t v = 0; v < vectors; ++v) {
+            const V code = load(codes + v * width);
+            const V choice0 = low_nibbles(code), choice1 = high_nibbles(code);
+            fine[v] = settled(add8(fine[v], add8(lookup(fine0, choice0), lookup(fine1, choice1))));
+            coarse[v] = settled(add8(coarse[v], add8(lookup(coarse0, choice0), lookup(coarse1, choice1))));
+        }
+    }
+}
+
+// low, high += what column bytes choose: 16-bit sums of the rows that join_low and join_high bring together
+PENNYWEIGHT_INLINE void add_plane(const std::uint8_t *codes, std::size_t stride, const std::uint8_t *tables, std::size_t count, V *low, V *high) {
+    for (std::size_t c = 0; c < count; c += bytewise) {
+        V fine[vectors], coarse[vectors];
+        for (std::size_t v = 0; v < vectors; ++v) fine[v] = coarse[v] = zero();
+        if (c + bytewise <= count)
+            choose(codes + c * stride, stride, tables + c * 64, bytewise, fine, coarse);
+        else
+            choose(codes + c * stride, stride, tables + c * 64, count - c, fine, coarse);
+        for (std::size_t v = 0; v < vectors; ++v) {
+            low[v] = add16(low[v], join_low(fine[v], coarse[v]));
+            high[v] = add16(high[v], join_high(fine[v], coarse[v]));
+        }
+    }
+}
+
+// acc += (planes . q + offset) << shift for column bytes first .. last-1, by tables of one input
+PENNYWEIGHT_INLINE void look_up(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, std::size_t shift, std::uint32_t *acc) {
+    const std::size_t stride = bits * block_rows;
+    const std::size_t together = last - first <= short_span ? 2 : 1;  // planes that share their 16-bit sums
     for (std::size_t stop; first < last; first = stop) {
         stop = smaller(last, first + span);
-        for (std::size_t plane = 0; plane < bits; ++plane) {
-            V low[vectors], high[vectors];  // sums of the rows that interleave_low and interleave_high bring together
+        for (std::size_t plane = 0; plane < bits; plane += together) {
+            const std::uint8_t *codes = block + first * stride + plane * block_rows;
+            V low[vectors], high[vectors];
             for (std::size_t v = 0; v < vectors; ++v) low[v] = high[v] = zero();
-            for (std::size_t c = first; c < stop; ++c) {
-                const std::uint8_t *codes = block + (c * bits + plane) * block_rows, *t = tables + c * 64;
-                const V low0 = table(t), high0 = table(t + 16), low1 = table(t + 32), high1 = table(t + 48);
+            if (together == 2 && plane + 1 < bits) {
+                add_plane(codes + block_rows, stride, tables + first * 64, stop - first, low, high);
                 for (std::size_t v = 0; v < vectors; ++v) {
-                    const V code = load(codes + v * width);
-                    const V choice0 = low_nibbles(code), choice1 = high_nibbles(code);
-                    const V l0 = lookup(low0, choice0), h0 = lookup(high0, choice0);
-                    const V l1 = lookup(low1, choice1), h1 = lookup(high1, choice1);
-                    low[v] = add16(low[v], add16(interleave_low(l0, h0), interleave_low(l1, h1)));
-                    high[v] = add16(high[v], add16(interleave_high(l0, h0), interleave_high(l1, h1)));
+                    low[v] = add16(low[v], low[v]);
+                    high[v] = add16(high[v], high[v]);
                 }
             }
-            alignas(64) std::int16_t sums[block_rows];
-            for (std::size_t v = 0; v < vectors; ++v) store_interleaved(sums + v * width, low[v], high[v]);
-            for (std::size_t r = 0; r < block_rows; ++r)
-                acc[r] += static_cast<std::uint32_t>(static_cast<std::int32_t>(sums[r])) << (plane + shift);
+            add_plane(codes, stride, tables + first * 64, stop - first, low, high);
+            alignas(64) std::uint16_t sums[block_rows];
+            for (std::size_t v = 0; v < vectors; ++v) store_interleaved(reinterpret_cast<std::int16_t *>(sums) + v * width, low[v], high[v]);
+            for (std::size_t r = 0; r < block_rows; ++r) acc[r] += static_cast<std::uint32_t>(sums[r]) << (plane + shift);
         }
     }
 }
@@ -161,14 +203,16 @@ static void one_input(const Integers &w, std::size_t b, const Activations &a, st
     alignas(64) std::uint32_t acc[block_rows] = {};
     for (std::size_t g = 0; g < a.groups; ++g) {
         const std::size_t first = g * w.group, last = smaller(first + w.group, padded);
+        std::uint32_t zero_sum = zero_code * a.sum[m * a.groups + g];
         if (w.bits == 8) {
             dot_bytes(block, first / 2, last / 2, a.q + m * a.stride, acc);
         } else {
             look_up(block, w.bits, first / 8, last / 8, tables, 0, acc);
             if (parts == 2) look_up(block, w.bits, first / 8, last / 8, tables + padded * 8, 8, acc);
+            zero_sum += factor * offset_of(last - first, w.bits, parts);
         }
         const std::size_t at = (b * a.groups + g) * block_rows;
-        add_group(w.scale + at, w.minimum == nullptr ? nullptr : w.minimum + at, factor, zero_code * a.sum[m * a.groups + g], total_of(w, a, m, g), acc, y);
+        add_group(w.scale + at, w.minimum == nullptr ? nullptr : w.minimum + at, factor, zero_sum, total_of(w, a, m, g), acc, y);
     }
 }
 

@@ -40,12 +40,12 @@ public:
         w_.escape_start = start, w_.escape_row = row, w_.escape_column = column, w_.escape_extra = column + count;
     }
 
-    void linear(Array<float, 2> x, Maybe<float, 1> bias, Output<float, 2> y, int activation_bits, unsigned threads) const {
-        require(x.shape(1) == w_.cols && y.shape(0) == x.shape(0) && y.shape(1) == w_.rows && (!bias || bias->shape(0) == w_.rows),
-                "integer linear: shapes do not fit each other");
+    // By addresses: finding out again what is known of a tensor would take longer than a small product.
+    void linear(std::uintptr_t x, std::size_t n, std::uintptr_t bias, std::uintptr_t y, int activation_bits, unsigned threads) const {
         require(activation_bits == 8 || activation_bits == 16, "integer linear: activations have 8 or 16 bits");
         nb::gil_scoped_release release;
-        pennyweight::integer_linear(w_, x.data(), x.shape(0), data_or_null(bias), y.data(), activation_bits, limit_, threads);
+        pennyweight::integer_linear(w_, reinterpret_cast<const float *>(x), n, reinterpret_cast<const float *>(bias), reinterpret_cast<float *>(y),
+                                    activation_bits, limit_, threads);
     }
 
     void decode(std::size_t first, std::size_t last, Output<float, 2> out, unsigned threads) const {
@@ -94,8 +94,8 @@ void bind_integer(nb::module_ &m) {
              nb::arg("codes"), nb::arg("rows"), nb::arg("cols"), nb::arg("bits"), nb::arg("group"), nb::arg("factor"), nb::arg("zero"),
              nb::arg("scale"), nb::arg("minimum").none(), nb::arg("column_scale").none(), nb::arg("column_offset").none(),
              nb::arg("escape_start").none(), nb::arg("escapes").none(), nb::arg("limit"))
-        .def("linear", &IntegerWeight::linear, nb::arg("x"), nb::arg("bias").none(), nb::arg("y").noconvert(),
-             nb::arg("activation_bits"), nb::arg("threads"), "Writes y = x W^T + bias.")
+        .def("linear", &IntegerWeight::linear, nb::arg("x"), nb::arg("n"), nb::arg("bias"), nb::arg("y"), nb::arg("activation_bits"), nb::arg("threads"),
+             "Writes y [n, rows] = x [n, cols] W^T + bias [rows]: addresses of float32 in C order, 0 for no bias.")
         .def("decode", &IntegerWeight::decode, nb::arg("first"), nb::arg("last"), nb::arg("out").noconvert(), nb::arg("threads"),
              "Writes the decoded rows first .. last-1.");
     m.def("unpack_rows", &unpack_rows<std::uint8_t>, nb::arg("packed"), nb::arg("bits"), nb::arg("cols"), nb::arg("index"),

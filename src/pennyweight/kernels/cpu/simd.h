@@ -10,11 +10,13 @@
 //     all8       a byte, everywhere
 //     table      sixteen bytes, as `lookup` wants them
 //     interleave sixteen-bit values from low and high bytes, stored in the order of the bytes (2 * width bytes)
+//     join       fine + 32 * coarse of the bytes that `interleave` would bring together, up to 32767, as int16
 //     bit        bit k of each byte, as 0 or 1
 //     or_shifted a | b << k, where no byte of b has bits that would cross into the next
 //     add8       sums of bytes
 //     multiply   acc + a[2i] * b[2i] + a[2i+1] * b[2i+1] for each of the int32 of acc; wraps around
 //     widen      width/2 signed bytes -> int16
+//     settled    v, which the compiler must have computed by now: sums it may regroup at will do not fit the registers
 
 #include <cstddef>
 #include <cstdint>
@@ -54,6 +56,8 @@ PENNYWEIGHT_INLINE V all8(int value) { return _mm512_set1_epi8(static_cast<char>
 PENNYWEIGHT_INLINE V interleave_low(V low, V high) { return _mm512_unpacklo_epi8(low, high); }
 PENNYWEIGHT_INLINE V interleave_high(V low, V high) { return _mm512_unpackhi_epi8(low, high); }
 PENNYWEIGHT_INLINE V add16(V a, V b) { return _mm512_add_epi16(a, b); }
+PENNYWEIGHT_INLINE V join_low(V fine, V coarse) { return _mm512_maddubs_epi16(interleave_low(fine, coarse), _mm512_set1_epi16(32 << 8 | 1)); }
+PENNYWEIGHT_INLINE V join_high(V fine, V coarse) { return _mm512_maddubs_epi16(interleave_high(fine, coarse), _mm512_set1_epi16(32 << 8 | 1)); }
 PENNYWEIGHT_INLINE void store_interleaved(std::int16_t *to, V low, V high) {
     const V a = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
     const V b = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high);
@@ -95,6 +99,8 @@ PENNYWEIGHT_INLINE V all8(int value) { return _mm256_set1_epi8(static_cast<char>
 PENNYWEIGHT_INLINE V interleave_low(V low, V high) { return _mm256_unpacklo_epi8(low, high); }
 PENNYWEIGHT_INLINE V interleave_high(V low, V high) { return _mm256_unpackhi_epi8(low, high); }
 PENNYWEIGHT_INLINE V add16(V a, V b) { return _mm256_add_epi16(a, b); }
+PENNYWEIGHT_INLINE V join_low(V fine, V coarse) { return _mm256_maddubs_epi16(interleave_low(fine, coarse), _mm256_set1_epi16(32 << 8 | 1)); }
+PENNYWEIGHT_INLINE V join_high(V fine, V coarse) { return _mm256_maddubs_epi16(interleave_high(fine, coarse), _mm256_set1_epi16(32 << 8 | 1)); }
 PENNYWEIGHT_INLINE void store_interleaved(std::int16_t *to, V low, V high) {
     store(to, _mm256_permute2x128_si256(low, high, 0x20));
     store(to + 16, _mm256_permute2x128_si256(low, high, 0x31));
@@ -128,6 +134,10 @@ PENNYWEIGHT_INLINE V interleave_high(V low, V high) { return vzip2q_u8(low, high
 PENNYWEIGHT_INLINE V add16(V a, V b) {
     return vreinterpretq_u8_u16(vaddq_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));
 }
+PENNYWEIGHT_INLINE V join_low(V fine, V coarse) {
+    return vreinterpretq_u8_u16(vaddw_u8(vshll_n_u8(vget_low_u8(coarse), 5), vget_low_u8(fine)));
+}
+PENNYWEIGHT_INLINE V join_high(V fine, V coarse) { return vreinterpretq_u8_u16(vaddw_high_u8(vshll_high_n_u8(coarse, 5), fine)); }
 PENNYWEIGHT_INLINE void store_interleaved(std::int16_t *to, V low, V high) {
     store(to, low);
     store(to + 8, high);
@@ -207,6 +217,16 @@ PENNYWEIGHT_INLINE V add16(V a, V b) {
     }
     return a;
 }
+PENNYWEIGHT_INLINE V join(const std::uint8_t *fine, const std::uint8_t *coarse) {
+    V v;
+    for (int i = 0; i < 8; ++i) {
+        const std::uint16_t value = static_cast<std::uint16_t>(fine[i] + 32 * coarse[i]);
+        std::memcpy(v.byte + 2 * i, &value, 2);
+    }
+    return v;
+}
+PENNYWEIGHT_INLINE V join_low(V fine, V coarse) { return join(fine.byte, coarse.byte); }
+PENNYWEIGHT_INLINE V join_high(V fine, V coarse) { return join(fine.byte + 8, coarse.byte + 8); }
 PENNYWEIGHT_INLINE void store_interleaved(std::int16_t *to, V low, V high) {
     store(to, low);
     store(to + 8, high);
@@ -237,6 +257,15 @@ PENNYWEIGHT_INLINE V widen(const std::int8_t *from) {
     return v;
 }
 
+#endif
+
+#if defined(PENNYWEIGHT_EMULATED) || !(defined(PENNYWEIGHT_AVX2) || defined(PENNYWEIGHT_AVX512))
+PENNYWEIGHT_INLINE V settled(V v) { return v; }
+#else
+PENNYWEIGHT_INLINE V settled(V v) {
+    asm volatile("" : "+v"(v));
+    return v;
+}
 #endif
 
 constexpr std::size_t width = sizeof(V);
