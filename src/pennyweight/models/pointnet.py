@@ -44,7 +44,7 @@ def _on_cloud(channels: int, widths: tuple[int, ...], activation: Activation) ->
 
 
 class Transform(nn.Module):
-    """Predicts a matrix: [batch, channels, points] -> [batch, channels, channels]; close to the identity at the start."""
+    """Predicts a matrix: [batch, channels, points] -> [batch, channels, channels]; at the start nearly the identity."""
 
     def __init__(self, channels: int, activation: Activation) -> None:
         super().__init__()
