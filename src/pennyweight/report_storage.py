@@ -11,6 +11,7 @@ from torch import nn
 
 from .compress.data import calls
 from .compress.observe import evaluating
+from .cost import vectors_multiplied
 from .formats import Binary, Codebook, Dense16, Integer, LowRank, PackedWeight, Sparse, Split
 from .layers.packed import packed_blobs
 
@@ -103,13 +104,7 @@ def count_macs(model: nn.Module, packed: Mapping[str, PackedWeight], inputs: Any
 
 def _mac_hook(counts: Counter[str], per_row: Mapping[str, int]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        first = (args or tuple(kwargs.values()))[0]
-        seen = first.data if isinstance(first, nn.utils.rnn.PackedSequence) else first
-        transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-        if hasattr(module, "out_channels"):
-            positions = seen.numel() // module.in_channels if transposed else result.numel() // module.out_channels
-        else:
-            positions = seen.numel() // seen.shape[-1]
+        positions = vectors_multiplied(module, args, kwargs, result)
         input_bits = getattr(getattr(module, "input_quantizer", None), "bits", 32)
         counts.update({f"{key} x {input_bits}-bit": value * positions for key, value in per_row.items()})
 

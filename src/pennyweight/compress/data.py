@@ -56,7 +56,7 @@ def calls(model: nn.Module, data: Any) -> list[Call]:
         raise DataError("calibration data is empty; give at least one batch, or data=None for data-free methods")
     for i, call in enumerate(found):
         for tensor in call.tensors():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
                 raise DataError(f"calibration batch {i} holds NaN or infinite values; clean the data")
     return found
 
