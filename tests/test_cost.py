@@ -18,7 +18,9 @@ from pennyweight.formats import Integer
 from pennyweight.layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
 from pennyweight.layers.packed import install
 from pennyweight.layers.precision import Precision
-from pennyweight.models import bert_tiny, pokebnn, reactnet, vision_transformer
+from pennyweight.models import bert_tiny, pokebnn, reactnet, resnet_cifar, vision_transformer
+from pennyweight.training.prepare import prepare
+from pennyweight.training.recipe import preset
 
 FLOAT16 = Precision(16, 16)
 BINARY = Precision(1, 1)
@@ -127,14 +129,14 @@ def test_tied_weights_are_one_parameter_and_two_multiplications():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.words, self.head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
+            self.words, self.head = nn.Embedding(11, 4), nn.Linear(4, 11)
             self.head.weight = self.words.weight
 
         def forward(self, ids):
             return self.head(self.words(ids))
 
     table = cost_table(Tied(), torch.zeros(2, 3, dtype=torch.long), {"*": BINARY})
-    assert table.parameters == 44
+    assert table.parameters == 44 + 11
     assert [row.weights for row in table.layers] == [44, 0]
     assert [row.macs for row in table.layers] == [0, 3 * 44]
 
@@ -244,6 +246,17 @@ def test_layers_say_their_own_bits():
     assert [row.macs for row in table.layers] == [row.macs for row in plain.layers]
     assert [row.weights for row in table.layers] == [16, 16]
     assert table.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("method", "bits"), [("reste", 1), ("fda", 1), ("dorefa-2", 2)])
+def test_a_prepared_network_costs_what_its_recipe_makes_of_it(method, bits):
+    make = functools.partial(resnet_cifar.resnet20, width=8, activation="hardtanh")
+    model = prepare(make(), preset(method))
+    by_hand = {"conv1": Precision(), "linear": Precision(), "*": Precision(bits, bits)}
+    table, expected = (cost_table(m, torch.zeros(1, 3, 8, 8), p) for m, p in ((model, None), (make(), by_hand)))
+    assert [(row.name, row.macs, row.weights, row.precision) for row in table.layers] == [
+        (row.name, row.macs, row.weights, row.precision) for row in expected.layers
+    ]
 
 
 def test_refusals_and_what_is_left_as_it_was():

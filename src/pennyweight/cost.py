@@ -21,9 +21,10 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from .compress.data import calls
+from .compress.data import Call, calls
 from .compress.observe import evaluating
 from .errors import PlanError, WeightError
 from .layers.packed import PackedModule
@@ -164,19 +166,8 @@ def cost_table(model: nn.Module, inputs: Any, precision: Mapping[str, Precision]
     for name, module in layers.items():
         if isinstance(module, PackedModule):
             raise WeightError(f"{name} is packed; pw.report(model, inputs=...) counts what packed weights multiply")
-    macs: Counter[str] = Counter()
-    hooks = [module.register_forward_hook(_count_into(macs, name), with_kwargs=True) for name, module in layers.items()]
-    fast_path = torch.backends.mha.get_fastpath_enabled()  # it would pass by the layers within
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        # attention as plain products: the counter does not know every fused kernel
-        with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
-            batch(model)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for hook in hooks:
-            hook.remove()
-    rows = _rows(model, layers, macs, _products(model, layers, macs, flops), batch.size)
+    macs, products = _count(model, layers, batch)
+    rows = _rows(model, layers, macs, products, batch.size)
     chosen = _choose(precision or {}, [row.name for row in rows])
     rows = [replace(row, precision=chosen.get(row.name, row.precision)) for row in rows]
     return CostTable(rows, sum(p.numel() for p in model.parameters()) - sum(row.parameters for row in rows))
@@ -210,9 +201,14 @@ def _kind(module: nn.Module) -> str:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers with weights by name; the linear layer inside nn.MultiheadAttention counts with it."""
-    inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    return {name: m for name, m in model.named_modules() if _kind(m) and id(m) not in inside}
+    """Layers with weights by name. Those inside others, such as parts of a weight's transform, count with them."""
+    found: dict[str, nn.Module] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if _kind(module) and id(module) not in inside:
+            found[name] = module
+            inside.update(map(id, module.modules()))
+    return found
 
 
 def _weights(module: nn.Module) -> int:
@@ -228,45 +224,68 @@ def _weights(module: nn.Module) -> int:
     return sum(p.numel() for name, p in module.named_parameters() if name.startswith("weight"))
 
 
-def _count_into(macs: Counter[str], name: str) -> Callable[..., None]:
+class _Products(TorchDispatchMode):
+    """Multiply-accumulates of all products, by the name of the innermost module that runs.
+
+    A layer's are its own count's business, but for nn.MultiheadAttention, where they are charged with the layer's.
+    """
+
+    def __init__(self, silent: set[str]) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.silent = silent
+        self.macs: Counter[str] = Counter()
+
+    def enter(self, name: str, *_: Any) -> None:
+        self.running.append(name)
+
+    def leave(self, *_: Any) -> None:
+        self.running.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None and not self.silent & set(self.running):
+            self.macs[self.running[-1]] += formula(*args, **(kwargs or {}), out_val=result) // 2
+        return result
+
+
+def _count(model: nn.Module, layers: Mapping[str, nn.Module], batch: Call) -> tuple[Counter[str], dict[str, int]]:
+    """Multiply-accumulates of the batch: of layers with their weights, and of other products by module."""
+    counted: Counter[str] = Counter()
+    attention = {name for name, module in layers.items() if isinstance(module, nn.MultiheadAttention)}
+    products = _Products(layers.keys() - attention)
+    hooks = []
+    for name, module in model.named_modules():
+        if name in layers:
+            hooks.append(module.register_forward_hook(_count_into(counted, name), with_kwargs=True))
+        hooks.append(module.register_forward_pre_hook(partial(products.enter, name)))
+        hooks.append(module.register_forward_hook(products.leave))
+    fast_path = torch.backends.mha.get_fastpath_enabled()  # it would pass by the layers within
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # attention as plain products: there is no formula for every fused kernel
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH), products:
+            batch(model)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for hook in hooks:
+            hook.remove()
+    own = {name: n - counted[name] if name in attention else n for name, n in products.macs.items()}
+    return counted, {name: n for name, n in own.items() if n > 0}
+
+
+def _count_into(counted: Counter[str], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if isinstance(module, nn.MultiheadAttention):
             query, key, value = (*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :]))[:3]
             tokens = [x.numel() // x.shape[-1] for x in (query, query, key, value)]
             widths = (module.embed_dim, module.embed_dim, module.kdim, module.vdim)
-            macs[name] += module.embed_dim * sum(n * width for n, width in zip(tokens, widths))
+            counted[name] += module.embed_dim * sum(n * width for n, width in zip(tokens, widths))
         elif not isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            macs[name] += vectors_multiplied(module, args, kwargs, result) * _weights(module)
+            counted[name] += vectors_multiplied(module, args, kwargs, result) * _weights(module)
 
     return hook
-
-
-def _products(
-    model: nn.Module, layers: Mapping[str, nn.Module], macs: Mapping[str, int], flops: FlopCounterMode
-) -> dict[str, int]:
-    """Multiply-accumulates of a module that are none of its children's and no weight's."""
-    root = type(model).__name__
-    counted = {
-        name.removeprefix(root).removeprefix("."): sum(by_operator.values()) // 2
-        for name, by_operator in flops.get_flop_counts().items()
-        if name != "Global"
-    }
-    own = Counter(counted)
-    for name, total in counted.items():
-        if (parent := _nearest(name, counted)) is not None:
-            own[parent] -= total
-    for name, module in layers.items():
-        own[name] -= macs.get(name, 0) if isinstance(module, nn.MultiheadAttention) else own[name]
-    return {name: n for name, n in own.items() if n > 0}
-
-
-def _nearest(name: str, known: Container[str]) -> str | None:
-    """The innermost module around this one that is known; lists of modules, never called themselves, are not."""
-    while name:
-        name = name.rpartition(".")[0]
-        if name in known:
-            return name
-    return None
 
 
 def _rows(
@@ -283,7 +302,7 @@ def _rows(
             own = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
             seen.update(own)
             parameters = sum(own.values())
-            weights = min(_weights(module), parameters)  # none where the weight is tied to an earlier layer's
+            weights = _weights(module) if parameters >= _weights(module) else 0  # tied to an earlier layer's
             rows.append(
                 LayerCost(name, _kind(module), parameters, weights, macs.get(name, 0) // samples, _said_by(module))
             )

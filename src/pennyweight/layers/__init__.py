@@ -3,6 +3,7 @@
 from . import (  # noqa: F401  (importing a method registers it)
     denoise_affine_activation,
     dorefa_activation,
+    dprelu,
     fda_activation,
     lsq_activation,
     query_key,

@@ -27,7 +27,10 @@ class SignInput(NamedTuple):
 
 
 class LayerTransform(nn.Module):
-    """A function of a layer's input or output, registered under `acts_on="layers"`. Options are the constructor's."""
+    """A function of a layer's input or output, registered under `acts_on="layers"`. Options are the constructor's.
+
+    An attribute `bits`, where there is one, says what a code takes: cost tables read it.
+    """
 
     needs_data: ClassVar[bool] = False  # whether it cannot work before `fit`
     made_from: dict[str, Any]  # the recipe's entry, from which a stored model makes it again

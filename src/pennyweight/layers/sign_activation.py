@@ -40,6 +40,7 @@ class SignActivation(LayerTransform):
     that round.
     """
 
+    bits = 1
     shift: nn.Parameter | None
 
     def __init__(

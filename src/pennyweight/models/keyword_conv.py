@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers.same_padding import SameConv2d
 from .resnet_cifar import Activation, make_activation
 
 
@@ -22,7 +21,7 @@ class KeywordConv(nn.Module):
         def with_norm(convolution: nn.Conv2d) -> nn.Sequential:
             return nn.Sequential(convolution, nn.BatchNorm2d(width), make_activation(activation, width))
 
-        self.stem = with_norm(SameConv2d(1, width, (10, 4), 2, bias=False))
+        self.stem = with_norm(nn.Conv2d(1, width, (10, 4), 2, padding=(5, 1), bias=False))
         self.blocks = nn.Sequential()
         for _ in range(depth):
             self.blocks.append(with_norm(nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)))

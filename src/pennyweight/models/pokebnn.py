@@ -13,11 +13,13 @@ repeated as a whole (more); a differing size is pooled 3x3 with stride 2. A bloc
 stride 4 to 32 channels, no pixel used twice; norm, DPReLU; 3x3 convolution in 32 groups to 64 channels; norm, DPReLU.
 
 This is the network with real values. `precision(model)` says the bits of every layer: 1 in the blocks, 4 in the gates,
-8 in stem and head. What a quantiser does to an input it does before the zeros around the image are added.
+8 in stem and head.
 
-Departures: where 4f is no multiple of 64 (width 1.4, the published model of 7.8 G ACE), the released code cannot build
-the block shortcut of the first block; here the channels are repeated as often as needed and cut. Where it can, this is
-the same. Values keep the input's dtype; theirs are bfloat16 throughout.
+Departures: at even sizes the released code pads a stride of 2 on the right and below ("SAME"), torch on the left and
+above, convolutions and poolings alike: this is their network in a mirror, with mirrored kernels, and learns the same.
+Where 4f is no multiple of 64 (width 1.4, the published model of 7.8 G ACE), the released code cannot build the block
+shortcut of the first block; here the channels are repeated as often as needed and cut. Where it can, this is the same.
+Values keep the input's dtype; theirs are bfloat16 throughout.
 """
 
 from __future__ import annotations
@@ -31,9 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError
+from ..layers.dprelu import DPReLU
 from ..layers.precision import Precision
-from ..layers.same_padding import SameConv2d, average_pool_same
-from ..layers.shifted_prelu import DPReLU
 
 #: Width multipliers by the name of the variant.
 VARIANTS = {f"{width}x": width for width in (0.5, 0.75, 1.0, 1.25, 1.4, 1.5, 1.75, 2.0)}
@@ -57,7 +58,7 @@ def reshape_shortcut(source: Tensor, channels: int, size: torch.Size, more: Lite
         source = F.pad(source, (0, 0, 0, 0, 0, channels - have))
     elif have < channels:
         source = source.repeat(1, -(-channels // have), 1, 1)[:, :channels]
-    return source if source.shape[2:] == size else average_pool_same(source, 3, 2)
+    return source if source.shape[2:] == size else F.avg_pool2d(source, 3, 2, padding=1)
 
 
 class Gate(nn.Module):
@@ -80,7 +81,7 @@ class PokeConv(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, kernel: int, stride: int = 1, last: bool = False) -> None:
         super().__init__()
-        self.convolution = SameConv2d(channels, out_channels, kernel, stride, bias=False)
+        self.convolution = nn.Conv2d(channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
         self.activation = DPReLU(out_channels)
         self.gate = Gate(channels, out_channels)

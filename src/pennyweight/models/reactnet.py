@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.shifted_prelu import RPReLU
+from ..layers.rprelu import RPReLU
 
 #: (width after the block in units of the stem's, whether it halves the image)
 BLOCKS = (

@@ -22,7 +22,7 @@ class WeightTransform(nn.Module, ABC):
     """One function of one weight tensor, registered under `acts_on="weights"`. Its options are its constructor's.
 
     Several of them chain in order, a discrete one last. What a transform learns are its parameters, what it schedules
-    its buffers.
+    its buffers. An attribute `bits`, where there is one, says what a code takes: cost tables read it.
     """
 
     discrete: ClassVar[bool] = False  # whether it yields codes times scales, which no further transform may follow

@@ -53,6 +53,7 @@ class BinaryWeight(WeightTransform):
     """
 
     discrete: ClassVar[bool] = True
+    bits = 1
     progress: Tensor
     scale: nn.Parameter | None
 
