@@ -92,11 +92,12 @@ def _radar(card: Card, best: Mapping[str, float]) -> str:
         for t, (x, y) in zip(TRACKS, radar_points(shares, _RADIUS))
     )
     labels = "".join(
-        f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{t[:5]}</text>'
-        for t, (x, y) in zip(TRACKS, radar_points([1.2] * 6, _RADIUS))
+        f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{"middle" if abs(x) < 1 else "start" if x > 0 else "end"}">{t}'
+        "</text>"
+        for t, (x, y) in zip(TRACKS, radar_points([1.15] * 6, _RADIUS))
     )
     return (
-        f'<svg viewBox="-110 -100 220 200" role="img" aria-label="Scores of {escape(card.method)} on six tracks">'
+        f'<svg viewBox="-150 -100 300 200" role="img" aria-label="Scores of {escape(card.method)} on six tracks">'
         f'{rings}{spokes}<polygon points="{outline(shares)}" fill="var(--accent)" fill-opacity=".22" '
         f'stroke="var(--accent)" stroke-width="1.5"/>{marks}{labels}</svg>'
     )
@@ -129,7 +130,8 @@ def _scores(cards: Sequence[Card]) -> str:
         bold = [card.method != REAL and card.scores[t] == best[t] and best[t] > 0 for t in TRACKS]
         rows.append([escape(card.method), *(f"<strong>{c}</strong>" if b else c for c, b in zip(cells, bold))])
     text = "BiBench's overall metrics, arXiv 2301.11233; the real-valued twin scores 1. Bold is the best of a track."
-    return _table("Scores", text, ["method", *TRACKS.values()], rows)
+    heads = [title.replace(" ", "<br>") for title in TRACKS.values()]
+    return _table("Scores", text, ["method", *heads], rows)
 
 
 def _by(title: str, text: str, cards: Sequence[Card], what: str) -> str:

@@ -47,7 +47,7 @@ _SETTLING_BATCHES = 4  # for the running statistics of a network that is not tra
 @dataclass(frozen=True)
 class Training:
     """track: what it was made for, "task", "architecture" or "consumption" (of training). optimizer: sgd or adam.
-    schedule: of pennyweight's recipes. train, test: samples. severities: of the corruptions to measure accuracy under, if
+    schedule: of pennyweight's recipes. train, test: samples. severities: of the corruptions to measure under, if
     any.
     """
 
