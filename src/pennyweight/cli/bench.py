@@ -15,6 +15,7 @@ from ..artifact import CONFIG
 from ..bench.here import Bench, Timed, time_here
 from ..errors import UnknownNameError
 from ..layers.forms import ORIGINAL, SPLIT, Form
+from ..memory import keep_freed_memory
 from .screen import Json, Quiet, Screen
 from .shrinking import Data
 from .sources import Source, load_packed, load_source, some_data
@@ -90,6 +91,7 @@ def binarization(
     for name in task or ():
         if name not in TASKS:
             raise UnknownNameError("task", name, TASKS)
+    keep_freed_memory()
     with screen.working() as progress:
         tasks = tuple(dict.fromkeys(task or TASKS))
         found = benchmark(output, QUICK if quick else FULL, method or (), tasks, workers, progress)
