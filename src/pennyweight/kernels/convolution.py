@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .integer import ActivationBits, IntegerMatrix, matrix_of
 
-_PATCH_FLOATS = 1 << 19  # gathered at once: 2 MiB
+_PATCH_FLOATS = 1 << 18  # gathered at once: 1 MiB
+_LEAST_PATCHES = 96  # what shares a panel of the weight in the product
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -110,21 +111,32 @@ def _convolution(
     if not result.numel():
         return result
     image = x.detach().to(torch.float32)
-    image = image.movedim(1, -1).contiguous() if positions_first else image.contiguous()
-    patches, y = window.patches(image, positions_first), result.movedim(1, -1)  # y [n, *positions, outputs]
-    total, at_once = y.numel() // matrix.rows, max(_PATCH_FLOATS // matrix.cols, 1)
+    patches = window.patches(_channels_last(image) if positions_first else image.contiguous(), positions_first)
+    y = result.movedim(1, -1)  # [n, *positions, outputs]
+    in_place = y.is_contiguous() and y.dtype == torch.float32
+    total, at_once = y.numel() // matrix.rows, max(_PATCH_FLOATS // matrix.cols, _LEAST_PATCHES)
     if patches.is_contiguous():
         at_once = total  # nothing is copied
     gathered = _Gathered(min(total, at_once), matrix.cols, positions_first)
-    product = torch.empty(min(total, at_once), matrix.rows)
+    product = torch.empty(0 if in_place else min(total, at_once), matrix.rows)
     for chunk in _chunks(y.shape[:-1], at_once):
         inputs, target = gathered.rows(patches[chunk], window.axes), y[chunk]
-        in_place = target.is_contiguous() and target.dtype == torch.float32
         made = target.view(-1, matrix.rows) if in_place else product[: len(inputs)]
         matrix.linear_into(made, inputs, bias, activation_bits)
         if not in_place:
-            target.copy_(made.view(target.shape))
+            by_output = made.T.contiguous()  # then long runs are copied
+            target.movedim(-1, 0).copy_(by_output.view(-1, *target.shape[:-1]))
     return result
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    """[n, channels, *size] -> [n, *size, channels], contiguous."""
+    if not image.is_contiguous():
+        return image.movedim(1, -1).contiguous()
+    turned = image.new_empty(image.shape[0], *image.shape[2:], image.shape[1])
+    for one, to in zip(image.flatten(2), turned.flatten(1, -2)):
+        to.copy_(one.T)  # matrices are turned block by block, arrays of more dimensions are not
+    return turned
 
 
 class _Gathered:
