@@ -1,4 +1,4 @@
-"""Convolutions with integer weights that stay small in memory, on the CPU: the products of kernels/integer.py on patches.
+"""Convolutions with integer weights that stay small in memory: the CPU products of kernels/integer.py on patches.
 
 A patch is what one output position sees of its image, a row of the product. Patches are copied out of the image a few
 positions at a time, never all at once; a 1x1 kernel on a channels-last image is multiplied where it lies.

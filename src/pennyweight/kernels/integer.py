@@ -172,7 +172,7 @@ class IntegerMatrix:
         )
 
     def part(self, first: int, last: int, columns: Tensor | None = None) -> IntegerMatrix:
-        """Rows first .. last-1, with the columns in the order given. Raises ValueError where groups forbid another order."""
+        """Rows first .. last-1, with their columns in the order given: ValueError if groups of them share scales."""
         if columns is not None and self.groups > 1:
             raise ValueError("columns with scales in groups keep their order")
         plain = dataclasses.replace(

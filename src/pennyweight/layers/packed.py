@@ -7,13 +7,14 @@
     a property of the same name            the decoded weight, so code that reads `module.weight` keeps working
 
 which serves every kind of layer, those included whose weight is read by somebody else's forward (attention, tied
-heads). Two layers know better than to decode first: an embedding looks up rows, and a Linear that must save memory
-hands its input to the format.
+heads). Some layers know better than to decode first: an embedding looks up rows (packed_embedding.py), and what must
+save memory multiplies codes (packed_linear.py, packed_convolution.py, packed_recurrent.py).
 
 memory "fast" keeps the decoded weight after its first use, in the dtype and on the device of the module. "low" never
-holds more than a layer's: a Linear multiplies what is packed (kernels/integer.py, with its inputs quantised row by row
-to `activation_bits`, 16 or 8); other layers, and with 32 bits all of them, decode and drop the weight when their
-forward ends. Blobs stay on the CPU, where they are decoded, wherever the module goes.
+holds more than a layer's: Linear, convolutions and recurrent layers multiply what is packed (kernels/integer.py, with
+inputs quantised row by row to `activation_bits`, 16 or 8) where that serves; other layers, and with 32 bits all of them,
+decode and drop the weight when their forward ends. Blobs stay on the CPU, where they are decoded, wherever the module
+goes.
 """
 
 from __future__ import annotations
@@ -176,5 +177,3 @@ def _make_packed(module: nn.Module, attribute: str, view: MatrixView) -> PackedM
     if isinstance(twin, PackedRecurrent):
         twin._init_flat_weights()
     return twin
-
-

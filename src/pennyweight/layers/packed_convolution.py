@@ -49,7 +49,11 @@ class RunningConvolution(Running):
         outputs = weight.shape[0] // groups
         if outputs < min(_LEAST_OUTPUTS.values()):
             return weight
-        parts = [weight.matrix] if groups == 1 else [weight.matrix.part(g * outputs, (g + 1) * outputs) for g in range(groups)]
+        parts = (
+            [weight.matrix]
+            if groups == 1
+            else [weight.matrix.part(g * outputs, (g + 1) * outputs) for g in range(groups)]
+        )
         reordered = [positions_first(part, window) for part in parts]
         fast = [part for part in reordered if part is not None]
         if outputs < _LEAST_OUTPUTS[bool(fast)]:
@@ -93,7 +97,11 @@ class PackedConvolution(PackedModule):
             return super().forward(input)
         x = input if batched else input.unsqueeze(0)
         if any(self._reversed_padding_repeated_twice):
-            x = F.pad(x, self._reversed_padding_repeated_twice, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+            x = F.pad(
+                x,
+                self._reversed_padding_repeated_twice,
+                "constant" if self.padding_mode == "zeros" else self.padding_mode,
+            )
         y = weight.convolve(x, self.bias)
         return y if batched else y.squeeze(0)
 

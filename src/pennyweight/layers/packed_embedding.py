@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..formats import operators
 from .packed_module import PackedModule, twin_of
 
-
 _FEW = 256  # look-ups up to which decoding a row twice costs less than finding out that it occurs twice
 
 

@@ -1,7 +1,7 @@
 """What all packed twins share: a weight kept as a blob, decoded when it is read; see packed.py.
 
-A twin is a class made at run time, `Packed<Original>`, of the class a module had and of a base that knows how to run it:
-`PackedModule`, or one that `@twin_of` names for the originals it serves.
+A twin is a class made at run time, `Packed<Original>`, of the class a module had and of a base that knows how to run
+it: `PackedModule`, or one that `@twin_of` names for the originals it serves.
 """
 
 from __future__ import annotations
