@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import grad
 
 from .integer import ActivationBits, IntegerMatrix, matrix_of
 
@@ -226,7 +227,7 @@ def _integer_convolution_backward(
     parts = (codes, scale, minimum, column_scale, column_offset, escape_start, escapes)
     window = Window(tuple(kernel), tuple(stride), tuple(dilation))
     weight = weight_of(matrix_of(*parts, sizes, limit), window, positions_first).to(gradient.dtype)
-    towards = (torch.nn.grad.conv1d_input, torch.nn.grad.conv2d_input, torch.nn.grad.conv3d_input)[window.axes - 1]
+    towards = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)[window.axes - 1]
     return towards(input_size, weight, gradient, window.stride, 0, window.dilation).contiguous()
 
 

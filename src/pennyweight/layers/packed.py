@@ -12,9 +12,9 @@ save memory multiplies codes (packed_linear.py, packed_convolution.py, packed_re
 
 memory "fast" keeps the decoded weight after its first use, in the dtype and on the device of the module. "low" never
 holds more than a layer's: Linear, convolutions and recurrent layers multiply what is packed (kernels/integer.py, with
-inputs quantised row by row to `activation_bits`, 16 or 8) where that serves; other layers, and with 32 bits all of them,
-decode and drop the weight when their forward ends. Blobs stay on the CPU, where they are decoded, wherever the module
-goes.
+inputs quantised row by row to `activation_bits`, 16 or 8) where that serves; other layers, and with 32 bits all of
+them, decode and drop the weight when their forward ends. Blobs stay on the CPU, where they are decoded, wherever the
+module goes.
 """
 
 from __future__ import annotations
