@@ -135,6 +135,20 @@ def test_working_memory_of_a_convolution_is_bounded(monkeypatch):
     assert sum(seen) == 2 * 38 * 38 and max(seen) <= 96
 
 
+def test_products_refuse_memory_that_does_not_fit():
+    matrix = Integer.encode(torch.randn(6, 8), 4, 0).for_running().matrix
+    x, y = torch.randn(2, 8), torch.empty(2, 6)
+    for into, inputs, bias in (
+        (y[:1], x, None),
+        (y, x[:, :7], None),
+        (y.T.contiguous().T, x, None),
+        (y, x.double(), None),
+        (y, x, torch.zeros(5)),
+    ):
+        with pytest.raises(ValueError, match=r"\[6, 8\]"):
+            matrix.linear_into(into, inputs, bias, 16)
+
+
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 60))
 def test_chunks_cover_every_position_once(sizes, most):
     count = torch.zeros(sizes, dtype=torch.int64)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import grad
 
 from .integer import ActivationBits, IntegerMatrix, matrix_of
 
@@ -227,8 +226,11 @@ def _integer_convolution_backward(
     parts = (codes, scale, minimum, column_scale, column_offset, escape_start, escapes)
     window = Window(tuple(kernel), tuple(stride), tuple(dilation))
     weight = weight_of(matrix_of(*parts, sizes, limit), window, positions_first).to(gradient.dtype)
-    towards = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)[window.axes - 1]
-    return towards(input_size, weight, gradient, window.stride, 0, window.dilation).contiguous()
+    shape_of_x, none = gradient.new_empty(1).expand(input_size), [0] * window.axes
+    towards_x, *_ = torch.ops.aten.convolution_backward(
+        gradient, shape_of_x, weight, None, stride, none, dilation, False, none, 1, [True, False, False]
+    )
+    return towards_x.contiguous()
 
 
 @_integer_convolution.register_fake
