@@ -177,8 +177,8 @@ def test_rules_by_which_convolutions_decode(monkeypatch):
     for module, group, multiplies in (
         (nn.Conv2d(16, 128, 3), 0, True),
         (nn.Conv2d(16, 127, 3), 0, False),
-        (nn.Conv2d(16, 128, 3), 16, False),
-        (nn.Conv2d(16, 256, 3), 16, True),
+        (nn.Conv2d(16, 511, 3), 16, False),
+        (nn.Conv2d(16, 512, 3), 16, True),
         (nn.Conv2d(32, 128, 1), 16, True),  # one position: in order whatever shares scales
         (nn.Conv2d(128, 128, 3, groups=128), 0, False),
         (nn.Conv2d(8, 256, 3, groups=2), 0, True),

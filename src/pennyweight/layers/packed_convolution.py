@@ -4,7 +4,7 @@ Others decode the weight when they run: weights the kernels do not take, inputs 
 gathering patches costs more than decoding saves. Measured with one thread, a convolution multiplies from
 
     128 outputs   in a group of the convolution, where a row of the weight has one scale, or the kernel one position
-    256 outputs   where groups of columns share scales: their patches are gathered more slowly
+    512 outputs   where groups of columns share scales: their patches are gathered more slowly
 
 so depthwise and most grouped convolutions decode. The rule looks at the layer alone: what an image gives depends on
 neither its size nor the other images of the batch.
@@ -24,7 +24,7 @@ from ..kernels.convolution import Window, convolution, positions_first, weight_o
 from ..kernels.integer import ActivationBits, IntegerMatrix
 from .packed_module import PackedModule, twin_of
 
-_LEAST_OUTPUTS = {True: 128, False: 256}  # by whether patches come positions first
+_LEAST_OUTPUTS = {True: 128, False: 512}  # by whether patches come positions first
 
 
 class RunningConvolution(Running):
