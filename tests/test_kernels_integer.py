@@ -224,7 +224,7 @@ def test_operator_passes_torch_checks():
         x = torch.randn(3, 40, requires_grad=True)
         operator = torch.ops.pennyweight.integer_linear.default
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(operator, (x, *matrix._arguments(), 16), test_utils=checks)
+        torch.library.opcheck(operator, (x, *matrix.arguments(), 16), test_utils=checks)
 
 
 @compiled

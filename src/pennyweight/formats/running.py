@@ -10,11 +10,26 @@ from ..kernels.integer import ActivationBits, IntegerMatrix
 from .base import PackedWeight
 
 
-class RunningIntegers(PackedWeight):
+class Running(PackedWeight):
+    """A weight arranged for running, which refuses to be stored."""
+
+    runs = True
+
+    def _write(self, writer: object) -> NoReturn:
+        raise TypeError("a weight arranged for running cannot be stored; store what it was made from")
+
+    @classmethod
+    def _read(cls, reader: object, shape: tuple[int, int], options: int) -> NoReturn:
+        raise TypeError("a weight arranged for running is never stored")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]})"
+
+
+class RunningIntegers(Running):
     """An `int` or `binary` weight whose products the kernels of kernels/integer.py make."""
 
     format: ClassVar[str] = "running integers"
-    runs = True
 
     def __init__(self, matrix: IntegerMatrix, activation_bits: ActivationBits = 16) -> None:
         self.matrix = matrix
@@ -28,13 +43,3 @@ class RunningIntegers(PackedWeight):
         if x.device.type != "cpu":  # these kernels are the CPU's
             return super().linear(x, bias)
         return self.matrix.linear(x, bias, self.activation_bits)
-
-    def _write(self, writer: object) -> NoReturn:
-        raise TypeError("a weight arranged for running cannot be stored; store what it was made from")
-
-    @classmethod
-    def _read(cls, reader: object, shape: tuple[int, int], options: int) -> NoReturn:
-        raise TypeError("a weight arranged for running is never stored")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]}, {self.matrix.bits} bits)"
