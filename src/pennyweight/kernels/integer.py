@@ -161,13 +161,11 @@ class IntegerMatrix:
         return torch.cat([F.linear(x, part) for part in self._decoded_parts()], 1)
 
     def _decoded_parts(self) -> Any:
-        return (self._decode(first, min(first + _CHUNK_ROWS, self.rows)) for first in range(0, self.rows, _CHUNK_ROWS))
+        return (self.decode(first, min(first + _CHUNK_ROWS, self.rows)) for first in range(0, self.rows, _CHUNK_ROWS))
 
-    def decode(self) -> Tensor:
-        """float32 [rows, cols], as the format decodes it, bit for bit."""
-        return self._decode(0, self.rows)
-
-    def _decode(self, first: int, last: int) -> Tensor:
+    def decode(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The rows first .. last - 1 (all of them), float32 [n, cols], as the format decodes them, bit for bit."""
+        last = self.rows if last is None else last
         if _cpu is None:
             tell_once()
             return decode_reference(self)[first:last]

@@ -1,7 +1,7 @@
 #pragma once
 // Kernels of sparse weights. Included by isa.cpp alone; what simd.h says of such files holds here.
 //
-// Float arithmetic is the same everywhere, so the compiler's own vectors serve; only a gather has to be spelt out.
+// Float arithmetic is the same everywhere, so the compiler's own vectors serve; only what they lack is spelt out: gathering, and halves.
 
 #include "simd.h"
 #include "sparse.h"
@@ -12,7 +12,15 @@ namespace {
 typedef float Floats __attribute__((vector_size(width)));
 
 static void from_halves(const std::uint16_t *from, std::size_t count, float *out) {
-    for (std::size_t i = 0; i < count; ++i) {
+    std::size_t i = 0;
+#if defined(PENNYWEIGHT_AVX2) && !defined(PENNYWEIGHT_EMULATED)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
+#elif defined(PENNYWEIGHT_AVX512) && !defined(PENNYWEIGHT_EMULATED)
+    for (; i + 16 <= count; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + i))));
+#endif
+    for (; i < count; ++i) {
         const std::uint32_t sign = (from[i] & 0x8000u) << 16, rest = from[i] & 0x7fffu;
         const float small = static_cast<float>(static_cast<std::int32_t>(rest)) * 5.9604644775390625e-8f;  // 2^-24, for subnormal ones
         std::uint32_t small_bits;
