@@ -37,7 +37,10 @@ from .sparse import Sparse
 
 @format_id(8)
 @register(
-    "partial", acts_on="formats", paper="2310.00034", description="signs, and the salient weights as integers or float16"
+    "partial",
+    acts_on="formats",
+    paper="2310.00034",
+    description="signs, and the salient weights as integers or float16",
 )
 class Partial(PackedWeight):
     """rest: [rows, cols] in any format, usually `binary`; salient: `sparse` [rows, cols], which counts under its mask."""

@@ -77,7 +77,7 @@ class RunningSigned(Running):
     """
 
     format: ClassVar[str] = "running signs of low rank"
-    _MOST_PRODUCTS = 64  # inputs times rank, up to which the signs multiply
+    _MOST_PRODUCTS = 128  # inputs times rank, up to which the signs multiply: where decoding measured faster
     _CHUNK_ROWS = 256  # rows decoded at once
 
     def __init__(self, signs: IntegerMatrix, left: Tensor, right: Tensor, activation_bits: ActivationBits) -> None:

@@ -41,9 +41,7 @@ class Stacked(PackedWeight):
         return cls(parts)
 
     @classmethod
-    def encode(
-        cls, weight: Tensor, stages: int, encode_part: Callable[[Tensor], PackedWeight] = Binary.encode
-    ) -> Self:
+    def encode(cls, weight: Tensor, stages: int, encode_part: Callable[[Tensor], PackedWeight] = Binary.encode) -> Self:
         """Encode weight [rows, cols], then `stages` - 1 times what is left over, as stored: rounding is made up for.
 
         encode_part: matrix -> its packed form, e.g. a partial `SignedLowRank.encode`.

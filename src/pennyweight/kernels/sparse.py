@@ -54,7 +54,9 @@ class SparseMatrix:
         rows, cols = mask.shape
         if cols > MOST_COLUMNS:
             return None
-        counts = torch.cat([part.sum(1, dtype=torch.int64) for part in mask.split(_CHUNK_ROWS)]) if rows else mask.sum(1)
+        counts = (
+            torch.cat([part.sum(1, dtype=torch.int64) for part in mask.split(_CHUNK_ROWS)]) if rows else mask.sum(1)
+        )
         order = counts.argsort(descending=True, stable=True)
         longest = counts[order[::BLOCK]]  # the first row of a block has the most
         start = F.pad(longest.cumsum(0), (1, 0))
