@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -375,7 +376,7 @@ def test_stacked_adds_up_and_its_first_stages_are_a_weight() -> None:
             torch.testing.assert_close(weight - some.decode(), left, rtol=0, atol=1e-5)
             assert some.to_bytes() == Stacked.encode(weight, count, encode).to_bytes()
         errors = [float((weight - whole.stages(n).decode()).square().sum()) for n in range(1, 6)]
-        assert all(later < 0.75 * earlier for earlier, later in zip(errors, errors[1:]))
+        assert all(later < 0.75 * earlier for earlier, later in pairwise(errors))
     assert torch.equal(Stacked.encode(weight, 1).decode(), Binary.encode(weight).decode())
 
 

@@ -43,7 +43,7 @@ from .sparse import Sparse
     description="signs, and the salient weights as integers or float16",
 )
 class Partial(PackedWeight):
-    """rest: [rows, cols] in any format, usually `binary`; salient: `sparse` [rows, cols], which counts under its mask."""
+    """rest: [rows, cols] in any format, usually `binary`; salient: `sparse` [rows, cols]; its mask decides."""
 
     format: ClassVar[str] = "partial"
 

@@ -31,7 +31,7 @@ class Running(PackedWeight):
 
 
 class RunningIntegers(Running):
-    """An `int` or `binary` weight whose products the kernels of kernels/integer.py make."""
+    """An `int` or `binary` weight whose products the kernels of kernels/integer.py make, or on a GPU kernels/gpu."""
 
     format: ClassVar[str] = "running integers"
 
@@ -44,8 +44,6 @@ class RunningIntegers(Running):
         return self.matrix.decode()
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.device.type != "cpu":  # these kernels are the CPU's
-            return super().linear(x, bias)
         return self.matrix.linear(x, bias, self.activation_bits)
 
     def __repr__(self) -> str:
@@ -65,7 +63,7 @@ class RunningSparse(Running):
         return self.matrix.decode()
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu":  # these kernels are the CPU's
             return super().linear(x, bias)
         return self.matrix.linear(x, bias)
 

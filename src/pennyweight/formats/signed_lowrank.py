@@ -28,7 +28,7 @@ from .scales import Float16Values, store
     description="one sign a weight, magnitudes the product of two thin factors",
 )
 class SignedLowRank(PackedWeight):
-    """signs: one bit a weight [rows, cols], 1 is +; left [rows, rank], right [rank, cols]. Rank 0 is the zero matrix."""
+    """signs: one bit a weight [rows, cols], 1 is +; left [rows, r], right [r, cols]; r = 0 is the zero matrix."""
 
     format: ClassVar[str] = "signed-lowrank"
 
@@ -56,8 +56,8 @@ class SignedLowRank(PackedWeight):
     def encode(cls, weight: Tensor, rank: int = 16) -> Self:
         """weight [rows, cols] -> its signs (sign(0) = +) and the best rank-r approximation of its magnitudes.
 
-        |weight| = P diag(s) Q^T; left = P sqrt(s), right = sqrt(s) Q^T, first `rank` columns and rows. The squared error
-        is the sum of the other s squared, up to the rounding of the factors. Takes a full singular value decomposition.
+        |weight| = P diag(s) Q^T; left = P sqrt(s), right = sqrt(s) Q^T, first `rank` columns and rows. The squared
+        error is the sum of the other s squared, up to the rounding of the factors. Takes a full decomposition.
         """
         weight = check_matrix(weight, "signed-lowrank")
         if rank < 0:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cpu, tell_once  # pyright: ignore[reportAttributeAccessIssue]
+from .gpu import twins
 
 ActivationBits = Literal[8, 16, 32]
 
@@ -121,6 +122,7 @@ class IntegerMatrix:
     def linear(self, x: Tensor, bias: Tensor | None = None, activation_bits: ActivationBits = 16) -> Tensor:
         """x [..., cols] -> [..., rows], in the dtype of x. activation_bits: 8, 16, or 32 for a product in float32.
 
+        An x on a GPU is not quantised: the kernels of kernels/gpu multiply it, or torch, by the decoded weight.
         Differentiable in x and bias, as if x had not been quantised.
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
@@ -134,6 +136,13 @@ class IntegerMatrix:
     def _linear(self, x: Tensor, activation_bits: int, bias: Tensor | None = None) -> Tensor:
         if x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows):
             raise ValueError(f"a weight [{self.rows}, {self.cols}] takes no input {list(x.shape)} with this bias")
+        if activation_bits != 32 and twins.takes(x):
+            twin = twins.twin(self, x.device)
+            if twin is not None:
+                return twin.linear(x, bias)
+        if x.device.type != "cpu":
+            shift = None if bias is None else bias.to(x.dtype)
+            return F.linear(x, self.decode().to(x.device, x.dtype), shift)
         if activation_bits == 32 or _cpu is None:
             flat = x.reshape(-1, self.cols).to(torch.float32)
             if activation_bits == 32:
@@ -388,7 +397,7 @@ def _integer_linear_backward(
     total = gradient.new_zeros(*gradient.shape[:-1], sizes[1], dtype=torch.float32)
     first = 0
     for part in _matrix(*parts, sizes, limit)._decoded_parts():
-        total += gradient[..., first : first + len(part)].to(torch.float32) @ part
+        total += gradient[..., first : first + len(part)].to(torch.float32) @ part.to(gradient.device)
         first += len(part)
     return total.to(gradient.dtype)
 

@@ -31,8 +31,8 @@ _CHUNK_ROWS = 1024  # rows arranged or decoded at once, which bounds the working
 class SparseMatrix:
     """A weight [rows, cols] in the arrangement of kernels/cpu/sparse.h.
 
-    column: int16, whose bits are unsigned, [steps * 64]; step t of a block is a non-zero of each of its 64 rows, and the
-        column is `cols` where a row has no more. values: float32, float16 or int8 [steps * 64].
+    column: int16 whose bits are unsigned [steps * 64]; step t of a block is a non-zero of each of its 64 rows, and
+        the column is `cols` where a row has no more. values: float32, float16 or int8 [steps * 64].
     start: int64 [blocks + 1], the first step of each block. order: int32 [rows], the row that each lane holds.
     scale: float32 [rows], or None for 1.
     """
