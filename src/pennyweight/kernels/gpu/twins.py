@@ -34,7 +34,9 @@ def twin(matrix: IntegerMatrix, device: torch.device) -> GpuIntegers | None:
 
     None where the kernels do not take it (`GpuIntegers.from_matrix`); decode it then.
     """
-    devices = _twins.setdefault(matrix.codes, {})
+    if matrix.codes not in _twins:
+        _twins[matrix.codes] = {}
+    devices = _twins[matrix.codes]
     if device not in devices:
         made = GpuIntegers.from_matrix(matrix)
         devices[device] = None if made is None else made.to(device)
