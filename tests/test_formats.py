@@ -422,6 +422,28 @@ def test_running_stacks_and_parts_never_decode_what_kernels_multiply(kind, shape
     assert bool(((y.double() - x.double() @ matrix.T).abs() <= 2e-4 * scale + 1e-30).all())
 
 
+@pytest.mark.parametrize("kind", ["sparse", "partial", "stacked", "signed-lowrank"])
+def test_running_forms_compile_and_have_gradients(kind) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 40)
+    packed: PackedWeight = {
+        "sparse": lambda: Sparse.encode(weight, weight.abs() > 1),
+        "partial": lambda: Partial.encode(weight, weight.abs() > 1, 8),
+        "stacked": lambda: Stacked.encode(weight, 3, lambda rest: Binary.encode(rest, 8)),
+        "signed-lowrank": lambda: SignedLowRank.encode(weight, 3),
+    }[kind]()
+    running = packed.for_running()
+    bias = torch.randn(24)
+    for inputs in (3, 50):  # few, and too many for the signs of low rank
+        x = torch.randn(inputs, 40, requires_grad=True)
+        y = running.linear(x, bias)
+        y.sum().backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, packed.decode().sum(0).expand(inputs, 40), rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(lambda x: running.linear(x, bias), fullgraph=True, backend="aot_eager", dynamic=False)
+        torch.testing.assert_close(compiled(x.detach()), y.detach(), rtol=1e-4, atol=1e-3)
+
+
 def test_split_puts_rows_back_in_order() -> None:
     weight = torch.arange(12.0).view(6, 2)
     take = torch.tensor([True, False, False, True, False, True])

@@ -63,8 +63,6 @@ class RunningSparse(Running):
         return self.matrix.decode()
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.device.type != "cpu":  # these kernels are the CPU's
-            return super().linear(x, bias)
         return self.matrix.linear(x, bias)
 
 
@@ -92,7 +90,8 @@ class RunningSigned(Running):
         flat = x.reshape(x.shape[:-1].numel(), self.shape[1]).to(torch.float32)
         left, right = self.left.to(x.device), self.right.to(x.device)
         rank = left.shape[1]
-        if len(flat) * rank <= self._MOST_PRODUCTS and self.activation_bits != 32:
+        few = len(flat) * rank <= self._MOST_PRODUCTS and self.activation_bits != 32
+        if torch.compiler.is_compiling() or few:  # a graph holds operators, and to decode is none
             products = self.signs.linear(flat.unsqueeze(1) * right, None, self.activation_bits)  # [n, rank, rows]
             y = products[:, 0] * left[:, 0]
             for j in range(1, rank):  # in this order, whatever the threads

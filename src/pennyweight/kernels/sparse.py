@@ -87,7 +87,10 @@ class SparseMatrix:
         return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., cols] -> [..., rows], in the dtype of x, added up in float32. Differentiable in x and bias."""
+        """x [..., cols] -> [..., rows], in the dtype of x, added up in float32. Differentiable in x and bias.
+
+        On other devices than the CPU torch multiplies by the decoded weight.
+        """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             y = torch.ops.pennyweight.sparse_linear(x, *self._arguments())
         elif bias is not None and bias.requires_grad and torch.is_grad_enabled():
@@ -97,6 +100,8 @@ class SparseMatrix:
         return y if bias is None else y + bias.to(y.dtype)
 
     def _linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.device.type != "cpu":  # these kernels are the CPU's
+            return F.linear(x, self.decode().to(x.device, x.dtype), None if bias is None else bias.to(x.dtype))
         flat = x.detach().reshape(x.shape[:-1].numel(), self.cols).to(torch.float32).contiguous()
         shift = None if bias is None else bias.detach().to(torch.float32).contiguous()
         if _cpu is None:
@@ -208,7 +213,7 @@ def _sparse_linear_backward(
 ) -> Tensor:
     total = gradient.new_zeros(*gradient.shape[:-1], cols, dtype=torch.float32)
     for rows, part in _matrix(column, values, start, order, scale, cols).decoded_parts():
-        total += gradient[..., rows].to(torch.float32) @ part
+        total += gradient[..., rows].to(torch.float32) @ part.to(gradient.device)
     return total.to(gradient.dtype)
 
 
