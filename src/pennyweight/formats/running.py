@@ -44,6 +44,8 @@ class RunningIntegers(Running):
         return self.matrix.decode()
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.device.type not in ("cpu", "cuda"):  # there are no kernels for others
+            return super().linear(x, bias)
         return self.matrix.linear(x, bias, self.activation_bits)
 
     def __repr__(self) -> str:

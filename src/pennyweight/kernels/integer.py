@@ -140,7 +140,7 @@ class IntegerMatrix:
             twin = twins.twin(self, x.device)
             if twin is not None:
                 return twin.linear(x, bias)
-        if x.device.type != "cpu":
+        if x.device.type == "cuda":
             shift = None if bias is None else bias.to(x.dtype)
             return F.linear(x, self.decode().to(x.device, x.dtype), shift)
         if activation_bits == 32 or _cpu is None:
