@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cpu, tell_once  # pyright: ignore[reportAttributeAccessIssue]
+from .gpu import twins
 
 ActivationBits = Literal[8, 16, 32]
 
@@ -121,6 +122,7 @@ class IntegerMatrix:
     def linear(self, x: Tensor, bias: Tensor | None = None, activation_bits: ActivationBits = 16) -> Tensor:
         """x [..., cols] -> [..., rows], in the dtype of x. activation_bits: 8, 16, or 32 for a product in float32.
 
+        An x on a GPU is not quantised: the kernels of kernels/gpu multiply it, or torch, by the decoded weight.
         Differentiable in x and bias, as if x had not been quantised.
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
@@ -134,6 +136,13 @@ class IntegerMatrix:
     def _linear(self, x: Tensor, activation_bits: int, bias: Tensor | None = None) -> Tensor:
         if x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows):
             raise ValueError(f"a weight [{self.rows}, {self.cols}] takes no input {list(x.shape)} with this bias")
+        if activation_bits != 32 and twins.takes(x):
+            twin = twins.twin(self, x.device)
+            if twin is not None:
+                return twin.linear(x, bias)
+        if x.device.type == "cuda":
+            shift = None if bias is None else bias.to(x.dtype)
+            return F.linear(x, self.decode().to(x.device, x.dtype), shift)
         if activation_bits == 32:
             y = self._in_float32(x.reshape(-1, self.cols).to(torch.float32))
             if bias is not None:
@@ -178,7 +187,7 @@ class IntegerMatrix:
         plain = dataclasses.replace(
             self, scale=torch.ones_like(self.scale), minimum=None, column_scale=None, column_offset=None
         )
-        codes = ((plain._decode(first, last) + self.zero) / self.factor).to(torch.int32)
+        codes = ((plain.decode(first, last) + self.zero) / self.factor).to(torch.int32)
         whole = torch.arange(self.cols) if columns is None else columns
         made = IntegerMatrix.of(
             codes[:, whole],
@@ -197,13 +206,11 @@ class IntegerMatrix:
         return torch.cat([F.linear(x, part) for part in self._decoded_parts()], 1)
 
     def _decoded_parts(self) -> Any:
-        return (self._decode(first, min(first + _CHUNK_ROWS, self.rows)) for first in range(0, self.rows, _CHUNK_ROWS))
+        return (self.decode(first, min(first + _CHUNK_ROWS, self.rows)) for first in range(0, self.rows, _CHUNK_ROWS))
 
-    def decode(self) -> Tensor:
-        """float32 [rows, cols], as the format decodes it, bit for bit."""
-        return self._decode(0, self.rows)
-
-    def _decode(self, first: int, last: int) -> Tensor:
+    def decode(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The rows first .. last - 1 (all of them), float32 [n, cols], as the format decodes them, bit for bit."""
+        last = self.rows if last is None else last
         if _cpu is None:
             tell_once()
             return decode_reference(self)[first:last]
@@ -427,7 +434,7 @@ def _integer_linear_backward(
     total = gradient.new_zeros(*gradient.shape[:-1], sizes[1], dtype=torch.float32)
     first = 0
     for part in matrix_of(*parts, sizes, limit)._decoded_parts():
-        total += gradient[..., first : first + len(part)].to(torch.float32) @ part
+        total += gradient[..., first : first + len(part)].to(torch.float32) @ part.to(gradient.device)
         first += len(part)
     return total.to(gradient.dtype)
 
