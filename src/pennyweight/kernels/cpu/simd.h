@@ -14,6 +14,8 @@
 //     bit        bit k of each byte, as 0 or 1
 //     or_shifted a | b << k, where no byte of b has bits that would cross into the next
 //     add8       sums of bytes
+//     multiply8  x86 alone: unsigned bytes of a times signed bytes of b. With VNNI acc + the sums of four in the int32 of acc,
+//                without it acc + the sums of two in the int16 of acc, which must fit
 //     multiply   acc + a[2i] * b[2i] + a[2i+1] * b[2i+1] for each of the int32 of acc; wraps around
 //     widen      width/2 signed bytes -> int16
 //     settled    v, which the compiler must have computed by now: sums it may regroup at will do not fit the registers
@@ -55,6 +57,8 @@ PENNYWEIGHT_INLINE V add8(V a, V b) { return _mm512_add_epi8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 PENNYWEIGHT_INLINE V interleave_low(V low, V high) { return _mm512_unpacklo_epi8(low, high); }
 PENNYWEIGHT_INLINE V interleave_high(V low, V high) { return _mm512_unpackhi_epi8(low, high); }
+PENNYWEIGHT_INLINE V interleave16_low(V low, V high) { return _mm512_unpacklo_epi16(low, high); }
+PENNYWEIGHT_INLINE V interleave16_high(V low, V high) { return _mm512_unpackhi_epi16(low, high); }
 PENNYWEIGHT_INLINE V add16(V a, V b) { return _mm512_add_epi16(a, b); }
 PENNYWEIGHT_INLINE V join_low(V fine, V coarse) { return _mm512_maddubs_epi16(interleave_low(fine, coarse), _mm512_set1_epi16(32 << 8 | 1)); }
 PENNYWEIGHT_INLINE V join_high(V fine, V coarse) { return _mm512_maddubs_epi16(interleave_high(fine, coarse), _mm512_set1_epi16(32 << 8 | 1)); }
@@ -71,6 +75,14 @@ PENNYWEIGHT_INLINE V multiply(V acc, V a, V b) {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 #endif
 }
+PENNYWEIGHT_INLINE V multiply8(V acc, V a, V b) {
+#if defined(PENNYWEIGHT_VNNI)
+    return _mm512_dpbusd_epi32(acc, a, b);
+#else
+    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(a, b));
+#endif
+}
+PENNYWEIGHT_INLINE V all16(int value) { return _mm512_set1_epi16(static_cast<short>(value)); }
 PENNYWEIGHT_INLINE V broadcast32(const void *from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -98,6 +110,8 @@ PENNYWEIGHT_INLINE V add8(V a, V b) { return _mm256_add_epi8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 PENNYWEIGHT_INLINE V interleave_low(V low, V high) { return _mm256_unpacklo_epi8(low, high); }
 PENNYWEIGHT_INLINE V interleave_high(V low, V high) { return _mm256_unpackhi_epi8(low, high); }
+PENNYWEIGHT_INLINE V interleave16_low(V low, V high) { return _mm256_unpacklo_epi16(low, high); }
+PENNYWEIGHT_INLINE V interleave16_high(V low, V high) { return _mm256_unpackhi_epi16(low, high); }
 PENNYWEIGHT_INLINE V add16(V a, V b) { return _mm256_add_epi16(a, b); }
 PENNYWEIGHT_INLINE V join_low(V fine, V coarse) { return _mm256_maddubs_epi16(interleave_low(fine, coarse), _mm256_set1_epi16(32 << 8 | 1)); }
 PENNYWEIGHT_INLINE V join_high(V fine, V coarse) { return _mm256_maddubs_epi16(interleave_high(fine, coarse), _mm256_set1_epi16(32 << 8 | 1)); }
@@ -106,6 +120,8 @@ PENNYWEIGHT_INLINE void store_interleaved(std::int16_t *to, V low, V high) {
     store(to + 16, _mm256_permute2x128_si256(low, high, 0x31));
 }
 PENNYWEIGHT_INLINE V multiply(V acc, V a, V b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+PENNYWEIGHT_INLINE V multiply8(V acc, V a, V b) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b)); }
+PENNYWEIGHT_INLINE V all16(int value) { return _mm256_set1_epi16(static_cast<short>(value)); }
 PENNYWEIGHT_INLINE V broadcast32(const void *from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);

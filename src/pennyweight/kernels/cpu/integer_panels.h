@@ -1,0 +1,166 @@
+#pragma once
+// Integer weights against many inputs, in terms of simd.h. Included by integer_kernels.h alone.
+
+#include "integer.h"
+#include "simd.h"
+
+namespace pennyweight {
+namespace {
+
+constexpr std::size_t vectors = block_rows / width;    // of bytes in a block
+constexpr std::size_t unit = 2 * lanes;                // rows that `tile` takes at once
+constexpr std::size_t units = block_rows / unit;
+constexpr std::size_t tile_rows = width == 64 ? 12 : 6;  // inputs that `tile` takes at once: what the registers hold
+
+PENNYWEIGHT_INLINE std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
+static void split(const std::int16_t *q, std::size_t count, std::int8_t *low, std::int8_t *high) {
+    for (std::size_t k = 0; k < count; ++k) low[k] = static_cast<std::int8_t>(static_cast<std::uint8_t>(q[k] & 255));
+    if (high == nullptr) return;
+    for (std::size_t k = 0; k < count; ++k) high[k] = static_cast<std::int8_t>((q[k] - static_cast<std::int8_t>(static_cast<std::uint8_t>(q[k] & 255))) >> 8);
+}
+
+// Planes of column bytes first .. last-1 as bytes: [column pairs][64][2], the arrangement of 8 bits.
+static void unpack(const std::uint8_t *planes, std::size_t bits, std::size_t first, std::size_t last, std::uint8_t *out) {
+    for (std::size_t c = first; c < last; ++c, out += 8 * block_rows)
+        for (std::size_t v = 0; v < vectors; ++v) {
+            V plane[4];
+            for (std::size_t p = 0; p < bits; ++p) plane[p] = load(planes + (c * bits + p) * block_rows + v * width);
+            for (int pair = 0; pair < 4; ++pair) {
+                V code[2];
+                for (int i = 0; i < 2; ++i) {
+                    code[i] = bit(plane[0], 2 * pair + i);
+                    for (std::size_t p = 1; p < bits; ++p) code[i] = or_shifted(code[i], bit(plane[p], 2 * pair + i), static_cast<int>(p));
+                }
+                std::uint8_t *to = out + (static_cast<std::size_t>(pair) * block_rows + v * width) * 2;
+                store_interleaved(reinterpret_cast<std::int16_t *>(to), interleave_low(code[0], code[1]), interleave_high(code[0], code[1]));
+            }
+        }
+}
+
+// A panel is [units][steps][unit][4 bytes]: a step takes four bytes of every input, two columns as int16 or four as bytes.
+// `Kind::step` makes one of some unit from the arrangement of 8 bits.
+template <typename Kind>
+PENNYWEIGHT_INLINE void arrange_as(const Integers &w, std::size_t b, std::size_t first, std::size_t last, std::size_t steps, std::uint8_t *out) {
+    constexpr std::size_t some = 32;  // columns unpacked at once
+    alignas(64) std::uint8_t unpacked[some * block_rows];
+    for (std::size_t k0 = first; k0 < last; k0 += some) {
+        const std::size_t k1 = smaller(last, k0 + some);
+        const std::uint8_t *bytes = w.block(b) + k0 * block_rows;
+        if (w.bits < 8) {
+            unpack(w.block(b), w.bits, k0 / 8, k1 / 8, unpacked);
+            bytes = unpacked;
+        }
+        for (std::size_t u = 0; u < units; ++u)
+            for (std::size_t k = k0; k < k1; k += Kind::columns)
+                Kind::step(bytes + (k - k0) * block_rows + u * width, out + (u * steps + (k - first) / Kind::columns) * 2 * width);
+    }
+}
+
+template <typename Kind>
+static void arrange(const Integers &w, std::size_t b, std::size_t first, std::size_t last, std::uint8_t *out) {
+    arrange_as<Kind>(w, b, first, last, (last - first) / Kind::columns, out);
+}
+
+// acc += one unit of a panel times R inputs, whose rows lie `stride` bytes apart
+template <typename Kind, std::size_t R>
+PENNYWEIGHT_INLINE void tile(const std::uint8_t *panel, std::size_t steps, const std::uint8_t *x, std::size_t stride, std::size_t span, std::uint32_t *acc) {
+    for (std::size_t stop; steps > 0; steps -= stop) {
+        stop = smaller(steps, span);
+        V sum[R][2];
+        for (std::size_t r = 0; r < R; ++r)
+            for (int half = 0; half < 2; ++half) sum[r][half] = Kind::begin(acc + r * block_rows + half * lanes);
+        for (std::size_t k = 0; k < stop; ++k, panel += 2 * width, x += 4) {
+            const V w0 = load(panel), w1 = load(panel + width);
+            for (std::size_t r = 0; r < R; ++r) {
+                const V q = broadcast32(x + r * stride);
+                sum[r][0] = settled(Kind::add(sum[r][0], w0, q));
+                sum[r][1] = settled(Kind::add(sum[r][1], w1, q));
+            }
+        }
+        for (std::size_t r = 0; r < R; ++r)
+            for (int half = 0; half < 2; ++half) Kind::end(sum[r][half], acc + r * block_rows + half * lanes);
+    }
+}
+
+template <typename Kind>
+static void multiply_panel(std::size_t bits, const std::uint8_t *panel, std::size_t columns, const Activations &a, std::size_t first, std::size_t rows, std::size_t k, std::uint32_t *acc) {
+    const std::size_t steps = columns / Kind::columns, span = Kind::span(bits), stride = Kind::stride(a);
+    const std::uint8_t *x = Kind::inputs(a) + first * stride + 4 * (k / Kind::columns);
+    for (std::size_t u = 0; u < units; ++u, panel += steps * 2 * width, acc += unit) {
+        std::size_t m = 0;
+        for (; m + tile_rows <= rows; m += tile_rows) tile<Kind, tile_rows>(panel, steps, x + m * stride, stride, span, acc + m * block_rows);
+        for (; m + 3 <= rows; m += 3) tile<Kind, 3>(panel, steps, x + m * stride, stride, span, acc + m * block_rows);
+        for (; m < rows; ++m) tile<Kind, 1>(panel, steps, x + m * stride, stride, span, acc + m * block_rows);
+    }
+}
+
+// Pairs of int16, for any weight and input.
+struct Pairs {
+    static constexpr std::size_t columns = 2;
+    static std::size_t span(std::size_t) { return Panels::most_columns; }
+    static std::size_t stride(const Activations &a) { return a.stride * sizeof(std::int16_t); }
+    static const std::uint8_t *inputs(const Activations &a) { return reinterpret_cast<const std::uint8_t *>(a.q); }
+    PENNYWEIGHT_INLINE void step(const std::uint8_t *from, std::uint8_t *to) {
+        for (std::size_t half = 0; half < 2; ++half) store(to + half * width, widen(reinterpret_cast<const std::int8_t *>(from) + half * width / 2));
+    }
+    PENNYWEIGHT_INLINE V begin(const std::uint32_t *acc) { return load(acc); }
+    PENNYWEIGHT_INLINE V add(V sum, V weight, V q) { return multiply(sum, weight, q); }
+    PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc) { store(acc, sum); }
+};
+
+constexpr Panels pairs = {0, 0, arrange<Pairs>, multiply_panel<Pairs>};
+
+#if defined(PENNYWEIGHT_AVX512) || defined(PENNYWEIGHT_AVX2)
+
+// Fours of unsigned bytes times signed ones. What is stored is unsigned up to 4 bits; at 8 bits it takes a shift by 128.
+struct Fours {
+    static constexpr std::size_t columns = 4;
+    static std::size_t stride(const Activations &a) { return a.byte_stride; }
+    static const std::uint8_t *inputs(const Activations &a) { return reinterpret_cast<const std::uint8_t *>(a.low); }
+    PENNYWEIGHT_INLINE void step(const std::uint8_t *from, std::uint8_t *to) {
+        const V first = load(from), second = load(from + 2 * block_rows);
+        store_interleaved(reinterpret_cast<std::int16_t *>(to), interleave16_low(first, second), interleave16_high(first, second));
+    }
+#if defined(PENNYWEIGHT_VNNI)
+    static std::size_t span(std::size_t) { return Panels::most_columns; }
+    PENNYWEIGHT_INLINE V begin(const std::uint32_t *acc) { return load(acc); }
+    PENNYWEIGHT_INLINE V add(V sum, V weight, V q) { return multiply8(sum, weight, q); }
+    PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc) { store(acc, sum); }
+#else
+    // Sums of two products in 16 bits: so many of them fit, whatever the codes and inputs are.
+    static std::size_t span(std::size_t bits) { return 32767 / (2 * 127 * ((std::size_t(1) << bits) - 1)); }
+    PENNYWEIGHT_INLINE V begin(const std::uint32_t *) { return zero(); }
+    PENNYWEIGHT_INLINE V add(V sum, V weight, V q) { return multiply8(sum, weight, q); }
+    PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc) { store(acc, multiply(load(acc), sum, all16(1))); }
+#endif
+};
+
+constexpr Panels fours = {1, 0, arrange<Fours>, multiply_panel<Fours>};
+
+#if defined(PENNYWEIGHT_VNNI)
+struct ShiftedFours : Fours {
+    PENNYWEIGHT_INLINE void step(const std::uint8_t *from, std::uint8_t *to) {
+        Fours::step(from, to);
+        for (std::size_t half = 0; half < 2; ++half) store(to + half * width, add8(load(to + half * width), all8(-128)));
+    }
+};
+
+constexpr Panels shifted_fours = {1, 128, arrange<ShiftedFours>, multiply_panel<ShiftedFours>};
+#endif
+
+#endif
+
+static const Panels &panels(std::size_t bits, int activation_bits) {
+#if defined(PENNYWEIGHT_AVX512) || defined(PENNYWEIGHT_AVX2)
+    if (activation_bits == 8 && bits < 8) return fours;
+#if defined(PENNYWEIGHT_VNNI)
+    if (activation_bits == 8) return shifted_fours;
+#endif
+#endif
+    static_cast<void>(bits), static_cast<void>(activation_bits);
+    return pairs;
+}
+
+}  // namespace
+}  // namespace pennyweight
