@@ -3,6 +3,9 @@
 
 #include "integer.h"
 #include "simd.h"
+#if defined(PENNYWEIGHT_AMX)
+#include "tiles.h"
+#endif
 
 namespace pennyweight {
 namespace {
@@ -151,15 +154,96 @@ constexpr Panels shifted_fours = {1, 128, arrange<ShiftedFours>, multiply_panel<
 
 #endif
 
+#if defined(PENNYWEIGHT_AMX)
+
+// How many columns one tile takes. The last tile of a panel is filled up with zeros.
+PENNYWEIGHT_INLINE std::size_t tile_columns(std::size_t columns) { return smaller(columns, 64); }
+PENNYWEIGHT_INLINE std::size_t tile_count(std::size_t columns) { return (columns + tile_columns(columns) - 1) / tile_columns(columns); }
+
+static void arrange_tiles(const Integers &w, std::size_t b, std::size_t first, std::size_t last, std::uint8_t *out) {
+    const std::size_t steps = (last - first) / 4, filled = tile_count(last - first) * tile_columns(last - first) / 4;
+    arrange_as<Fours>(w, b, first, last, filled, out);
+    for (std::size_t u = 0; u < units; ++u) std::memset(out + (u * filled + steps) * 2 * width, 0, (filled - steps) * 2 * width);
+}
+
+// Tiles 0 and 1 hold sums of the inputs in tile 4 with the two halves of a unit in tiles 6 and 7; tiles 2 and 3 the same
+// of the inputs in tile 5: the next 16 of them (inputs of one byte), or the high bytes of those in tile 4.
+template <int Parts>
+static void multiply_tiles(std::size_t, const std::uint8_t *panel, std::size_t columns, const Activations &a, std::size_t first, std::size_t rows, std::size_t k, std::uint32_t *acc) {
+    static_assert(unit == 32, "a unit is two tiles of 16 rows");
+    constexpr std::size_t at_once = Parts == 1 ? 32 : 16, row = block_rows * sizeof(std::uint32_t), step = 2 * width;
+    const std::size_t depth = tile_columns(columns), count = tile_count(columns);
+    alignas(64) std::uint32_t high[16][unit];
+    std::size_t shaped = 0;
+    for (std::size_t m = 0; m < rows; m += at_once) {
+        const std::size_t now = smaller(at_once, rows - m), upper = smaller(now, 16), lower = Parts == 1 ? now - upper : upper;
+        if (now != shaped) {
+            TileShapes shapes;
+            shapes.set(4, upper, depth);
+            shapes.set(5, lower, depth);
+            for (int half = 0; half < 2; ++half) {
+                shapes.set(half, upper, 64);
+                shapes.set(2 + half, lower, 64);
+                shapes.set(6 + half, depth / 4, 64);
+            }
+            tiles_configure(shapes);
+            shaped = now;
+        }
+        const std::int8_t *x = a.low + (first + m) * a.byte_stride + k;
+        const std::int8_t *next = Parts == 1 ? x + 16 * a.byte_stride : a.high + (first + m) * a.byte_stride + k;
+        for (std::size_t u = 0; u < units; ++u) {
+            const std::uint8_t *weights = panel + u * count * depth / 4 * step;
+            std::uint32_t *sums = acc + m * block_rows + u * unit, *more = Parts == 1 ? sums + 16 * block_rows : high[0];
+            tile_load(0, sums, row);
+            tile_load(1, sums + 16, row);
+            if (Parts == 2) {
+                tile_zero(2);
+                tile_zero(3);
+            } else if (lower > 0) {
+                tile_load(2, more, row);
+                tile_load(3, more + 16, row);
+            }
+            for (std::size_t c = 0; c < count; ++c) {
+                tile_load(4, x + c * depth, a.byte_stride);
+                tile_load(6, weights + c * depth / 4 * step, step);
+                tile_load(7, weights + c * depth / 4 * step + width, step);
+                tile_multiply(0, 4, 6);
+                tile_multiply(1, 4, 7);
+                if (lower > 0) {
+                    tile_load(5, next + c * depth, a.byte_stride);
+                    tile_multiply(2, 5, 6);
+                    tile_multiply(3, 5, 7);
+                }
+            }
+            tile_store(0, sums, row);
+            tile_store(1, sums + 16, row);
+            if (lower > 0) {
+                tile_store(2, more, Parts == 1 ? row : sizeof high[0]);
+                tile_store(3, more + 16, Parts == 1 ? row : sizeof high[0]);
+            }
+            for (std::size_t r = 0; Parts == 2 && r < now; ++r)
+                for (std::size_t i = 0; i < unit; ++i) sums[r * block_rows + i] += high[r][i] << 8;
+        }
+    }
+    tiles_release();
+}
+
+constexpr Panels tiles_of_bytes = {1, 0, arrange_tiles, multiply_tiles<1>};
+constexpr Panels tiles_of_two_bytes = {2, 0, arrange_tiles, multiply_tiles<2>};
+
+#endif
+
 static const Panels &panels(std::size_t bits, int activation_bits) {
-#if defined(PENNYWEIGHT_AVX512) || defined(PENNYWEIGHT_AVX2)
-    if (activation_bits == 8 && bits < 8) return fours;
-#if defined(PENNYWEIGHT_VNNI)
-    if (activation_bits == 8) return shifted_fours;
-#endif
-#endif
     static_cast<void>(bits), static_cast<void>(activation_bits);
+#if defined(PENNYWEIGHT_AMX)
+    return activation_bits == 8 ? tiles_of_bytes : tiles_of_two_bytes;
+#elif defined(PENNYWEIGHT_VNNI)
+    return activation_bits != 8 ? pairs : bits == 8 ? shifted_fours : fours;
+#elif defined(PENNYWEIGHT_AVX512) || defined(PENNYWEIGHT_AVX2)
+    return activation_bits == 8 && bits < 8 ? fours : pairs;
+#else
     return pairs;
+#endif
 }
 
 }  // namespace
