@@ -45,13 +45,13 @@ private:
     void by_panels(std::size_t b, std::size_t first, std::size_t last, float *out) const {
         thread_local std::vector<std::uint32_t> acc;
         alignas(64) std::uint8_t panel[Panels::most_bytes];
-        acc.assign((last - first) * block_rows, 0);
+        acc.resize((last - first) * block_rows);
         for (std::size_t g = 0; g < a_.groups; ++g) {
             const std::size_t end = std::min((g + 1) * w_.group, w_.padded());
             for (std::size_t k = g * w_.group; k < end; k += Panels::most_columns) {
                 const std::size_t stop = std::min(k + Panels::most_columns, end);
                 panels_->arrange(w_, b, k, stop, panel);
-                panels_->multiply(w_.bits, panel, stop - k, a_, first, last - first, k, acc.data());
+                panels_->multiply(w_.bits, panel, stop - k, a_, first, last - first, k, k == g * w_.group, acc.data());
             }
             k_.end_group(w_, b, g, panels_->shift, a_, first, last, acc.data(), out);
         }

@@ -48,8 +48,8 @@ struct Panels {
     int parts;  // bytes that an input is split into; 0: int16 as they are
     std::int32_t shift;
     void (*arrange)(const Integers &, std::size_t block, std::size_t first, std::size_t last, std::uint8_t *out);
-    // acc += panel . q for `rows` inputs from m on, whose columns from k on are meant
-    void (*multiply)(std::size_t bits, const std::uint8_t *panel, std::size_t columns, const Activations &, std::size_t m, std::size_t rows, std::size_t k, std::uint32_t *acc);
+    // acc += (or, if fresh, =) panel . q for `rows` inputs from m on, whose columns from k on are meant
+    void (*multiply)(std::size_t bits, const std::uint8_t *panel, std::size_t columns, const Activations &, std::size_t m, std::size_t rows, std::size_t k, bool fresh, std::uint32_t *acc);
 };
 
 // What is compiled once for each instruction set. `acc` is modulo 2^32, [rows][64].
@@ -66,8 +66,8 @@ struct IntegerKernels {
     void (*one_input)(const Integers &, std::size_t block, const Activations &, std::size_t m, const std::uint8_t *tables, int parts, float *y);
     // The quickest way to multiply weights of so many bits with many inputs of 8 or 16 bits.
     const Panels &(*panels)(std::size_t bits, int activation_bits);
-    // y[n][64] += what acc, made of panels with that shift, means in a group, for inputs first .. last-1; acc is cleared.
-    void (*end_group)(const Integers &, std::size_t block, std::size_t group, std::int32_t shift, const Activations &, std::size_t first, std::size_t last, std::uint32_t *acc, float *y);
+    // y[n][64] += what acc, made of panels with that shift, means in a group, for inputs first .. last-1.
+    void (*end_group)(const Integers &, std::size_t block, std::size_t group, std::int32_t shift, const Activations &, std::size_t first, std::size_t last, const std::uint32_t *acc, float *y);
     // The values of rows first .. last-1 of a block, float32 [last - first][cols], rows `stride` apart.
     void (*decode)(const Integers &, std::size_t block, std::size_t first, std::size_t last, float *out, std::size_t stride);
 };

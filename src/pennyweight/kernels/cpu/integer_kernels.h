@@ -210,11 +210,20 @@ static void one_input(const Integers &w, std::size_t b, const Activations &a, st
     }
 }
 
-static void end_group(const Integers &w, std::size_t b, std::size_t g, std::int32_t shift, const Activations &a, std::size_t first, std::size_t last, std::uint32_t *acc, float *y) {
+static void end_group(const Integers &w, std::size_t b, std::size_t g, std::int32_t shift, const Activations &a, std::size_t first, std::size_t last, const std::uint32_t *__restrict acc, float *__restrict y) {
     const std::size_t at = (b * a.groups + g) * block_rows;
-    const std::uint32_t factor = static_cast<std::uint32_t>(w.factor), zero_code = static_cast<std::uint32_t>(w.zero + w.factor * shift);
-    for (std::size_t m = first; m < last; ++m, acc += block_rows, y += block_rows)
-        add_group(w.scale + at, w.minimum == nullptr ? nullptr : w.minimum + at, factor, zero_code * a.sum[m * a.groups + g], total_of(w, a, m, g), acc, y);
+    const float *__restrict const scale = w.scale + at;
+    const unsigned doubled = static_cast<unsigned>(w.factor - 1);  // shifts are quicker than products
+    const std::uint32_t zero_code = static_cast<std::uint32_t>(w.zero + w.factor * shift);
+    for (std::size_t m = first; m < last; ++m, acc += block_rows, y += block_rows) {
+        const std::uint32_t zero_sum = zero_code * a.sum[m * a.groups + g];
+        for (std::size_t r = 0; r < block_rows; ++r)
+            y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>((acc[r] << doubled) - zero_sum));
+        if (w.minimum == nullptr) continue;
+        const float *__restrict const minimum = w.minimum + at;
+        const float total = total_of(w, a, m, g);
+        for (std::size_t r = 0; r < block_rows; ++r) y[r] += minimum[r] * total;
+    }
 }
 
 PENNYWEIGHT_INLINE std::int32_t byte_at(const Integers &w, std::size_t b, std::size_t r, std::size_t k) {

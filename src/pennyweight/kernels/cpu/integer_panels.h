@@ -65,14 +65,14 @@ static void arrange(const Integers &w, std::size_t b, std::size_t first, std::si
     arrange_as<Kind>(w, b, first, last, (last - first) / Kind::columns, out);
 }
 
-// acc += one unit of a panel times R inputs, whose rows lie `stride` bytes apart
+// acc += (or, if fresh, =) one unit of a panel times R inputs, whose rows lie `stride` bytes apart
 template <typename Kind, std::size_t R>
-PENNYWEIGHT_INLINE void tile(const std::uint8_t *panel, std::size_t steps, const std::uint8_t *x, std::size_t stride, std::size_t span, std::uint32_t *acc) {
+PENNYWEIGHT_INLINE void tile(const std::uint8_t *panel, std::size_t steps, const std::uint8_t *x, std::size_t stride, std::size_t span, bool fresh, std::uint32_t *acc) {
     for (std::size_t stop; steps > 0; steps -= stop) {
         stop = smaller(steps, span);
         V sum[R][2];
         for (std::size_t r = 0; r < R; ++r)
-            for (int half = 0; half < 2; ++half) sum[r][half] = Kind::begin(acc + r * block_rows + half * lanes);
+            for (int half = 0; half < 2; ++half) sum[r][half] = Kind::begin(acc + r * block_rows + half * lanes, fresh);
         for (std::size_t k = 0; k < stop; ++k, panel += 2 * width, x += 4) {
             const V w0 = load(panel), w1 = load(panel + width);
             for (std::size_t r = 0; r < R; ++r) {
@@ -82,19 +82,21 @@ PENNYWEIGHT_INLINE void tile(const std::uint8_t *panel, std::size_t steps, const
             }
         }
         for (std::size_t r = 0; r < R; ++r)
-            for (int half = 0; half < 2; ++half) Kind::end(sum[r][half], acc + r * block_rows + half * lanes);
+            for (int half = 0; half < 2; ++half) Kind::end(sum[r][half], acc + r * block_rows + half * lanes, fresh);
+        fresh = false;
     }
 }
 
 template <typename Kind>
-static void multiply_panel(std::size_t bits, const std::uint8_t *panel, std::size_t columns, const Activations &a, std::size_t first, std::size_t rows, std::size_t k, std::uint32_t *acc) {
+static void multiply_panel(std::size_t bits, const std::uint8_t *panel, std::size_t columns, const Activations &a, std::size_t first, std::size_t rows, std::size_t k, bool fresh, std::uint32_t *acc) {
     const std::size_t steps = columns / Kind::columns, span = Kind::span(bits), stride = Kind::stride(a);
     const std::uint8_t *x = Kind::inputs(a) + first * stride + 4 * (k / Kind::columns);
     for (std::size_t u = 0; u < units; ++u, panel += steps * 2 * width, acc += unit) {
         std::size_t m = 0;
-        for (; m + tile_rows <= rows; m += tile_rows) tile<Kind, tile_rows>(panel, steps, x + m * stride, stride, span, acc + m * block_rows);
-        for (; m + 3 <= rows; m += 3) tile<Kind, 3>(panel, steps, x + m * stride, stride, span, acc + m * block_rows);
-        for (; m < rows; ++m) tile<Kind, 1>(panel, steps, x + m * stride, stride, span, acc + m * block_rows);
+        for (; m + tile_rows <= rows; m += tile_rows) tile<Kind, tile_rows>(panel, steps, x + m * stride, stride, span, fresh, acc + m * block_rows);
+        for (; m + 4 <= rows; m += 4) tile<Kind, 4>(panel, steps, x + m * stride, stride, span, fresh, acc + m * block_rows);
+        for (; m + 2 <= rows; m += 2) tile<Kind, 2>(panel, steps, x + m * stride, stride, span, fresh, acc + m * block_rows);
+        if (m < rows) tile<Kind, 1>(panel, steps, x + m * stride, stride, span, fresh, acc + m * block_rows);
     }
 }
 
@@ -107,9 +109,9 @@ struct Pairs {
     PENNYWEIGHT_INLINE void step(const std::uint8_t *from, std::uint8_t *to) {
         for (std::size_t half = 0; half < 2; ++half) store(to + half * width, widen(reinterpret_cast<const std::int8_t *>(from) + half * width / 2));
     }
-    PENNYWEIGHT_INLINE V begin(const std::uint32_t *acc) { return load(acc); }
+    PENNYWEIGHT_INLINE V begin(const std::uint32_t *acc, bool fresh) { return fresh ? zero() : load(acc); }
     PENNYWEIGHT_INLINE V add(V sum, V weight, V q) { return multiply(sum, weight, q); }
-    PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc) { store(acc, sum); }
+    PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc, bool) { store(acc, sum); }
 };
 
 constexpr Panels pairs = {0, 0, arrange<Pairs>, multiply_panel<Pairs>};
@@ -127,15 +129,15 @@ struct Fours {
     }
 #if defined(PENNYWEIGHT_VNNI)
     static std::size_t span(std::size_t) { return Panels::most_columns; }
-    PENNYWEIGHT_INLINE V begin(const std::uint32_t *acc) { return load(acc); }
+    PENNYWEIGHT_INLINE V begin(const std::uint32_t *acc, bool fresh) { return fresh ? zero() : load(acc); }
     PENNYWEIGHT_INLINE V add(V sum, V weight, V q) { return multiply8(sum, weight, q); }
-    PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc) { store(acc, sum); }
+    PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc, bool) { store(acc, sum); }
 #else
     // Sums of two products in 16 bits: so many of them fit, whatever the codes and inputs are.
     static std::size_t span(std::size_t bits) { return 32767 / (2 * 127 * ((std::size_t(1) << bits) - 1)); }
-    PENNYWEIGHT_INLINE V begin(const std::uint32_t *) { return zero(); }
+    PENNYWEIGHT_INLINE V begin(const std::uint32_t *, bool) { return zero(); }
     PENNYWEIGHT_INLINE V add(V sum, V weight, V q) { return multiply8(sum, weight, q); }
-    PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc) { store(acc, multiply(load(acc), sum, all16(1))); }
+    PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc, bool fresh) { store(acc, multiply(fresh ? zero() : load(acc), sum, all16(1))); }
 #endif
 };
 
@@ -169,7 +171,7 @@ static void arrange_tiles(const Integers &w, std::size_t b, std::size_t first, s
 // Tiles 0 and 1 hold sums of the inputs in tile 4 with the two halves of a unit in tiles 6 and 7; tiles 2 and 3 the same
 // of the inputs in tile 5: the next 16 of them (inputs of one byte), or the high bytes of those in tile 4.
 template <int Parts>
-static void multiply_tiles(std::size_t, const std::uint8_t *panel, std::size_t columns, const Activations &a, std::size_t first, std::size_t rows, std::size_t k, std::uint32_t *acc) {
+static void multiply_tiles(std::size_t, const std::uint8_t *panel, std::size_t columns, const Activations &a, std::size_t first, std::size_t rows, std::size_t k, bool fresh, std::uint32_t *acc) {
     static_assert(unit == 32, "a unit is two tiles of 16 rows");
     constexpr std::size_t at_once = Parts == 1 ? 32 : 16, row = block_rows * sizeof(std::uint32_t), step = 2 * width;
     const std::size_t depth = tile_columns(columns), count = tile_count(columns);
@@ -194,9 +196,14 @@ static void multiply_tiles(std::size_t, const std::uint8_t *panel, std::size_t c
         for (std::size_t u = 0; u < units; ++u) {
             const std::uint8_t *weights = panel + u * count * depth / 4 * step;
             std::uint32_t *sums = acc + m * block_rows + u * unit, *more = Parts == 1 ? sums + 16 * block_rows : high[0];
-            tile_load(0, sums, row);
-            tile_load(1, sums + 16, row);
-            if (Parts == 2) {
+            if (fresh) {
+                tile_zero(0);
+                tile_zero(1);
+            } else {
+                tile_load(0, sums, row);
+                tile_load(1, sums + 16, row);
+            }
+            if (lower > 0 && (fresh || Parts == 2)) {
                 tile_zero(2);
                 tile_zero(3);
             } else if (lower > 0) {
