@@ -24,21 +24,32 @@ static void split(const std::int16_t *q, std::size_t count, std::int8_t *low, st
 }
 
 // Planes of column bytes first .. last-1 as bytes: [column pairs][64][2], the arrangement of 8 bits.
-static void unpack(const std::uint8_t *planes, std::size_t bits, std::size_t first, std::size_t last, std::uint8_t *out) {
+template <std::size_t Bits>
+static void unpack_planes(const std::uint8_t *planes, std::size_t first, std::size_t last, std::uint8_t *out) {
     for (std::size_t c = first; c < last; ++c, out += 8 * block_rows)
         for (std::size_t v = 0; v < vectors; ++v) {
-            V plane[4];
-            for (std::size_t p = 0; p < bits; ++p) plane[p] = load(planes + (c * bits + p) * block_rows + v * width);
-            for (int pair = 0; pair < 4; ++pair) {
-                V code[2];
-                for (int i = 0; i < 2; ++i) {
-                    code[i] = bit(plane[0], 2 * pair + i);
-                    for (std::size_t p = 1; p < bits; ++p) code[i] = or_shifted(code[i], bit(plane[p], 2 * pair + i), static_cast<int>(p));
-                }
-                std::uint8_t *to = out + (static_cast<std::size_t>(pair) * block_rows + v * width) * 2;
-                store_interleaved(reinterpret_cast<std::int16_t *>(to), interleave_low(code[0], code[1]), interleave_high(code[0], code[1]));
+            V plane[Bits], both[4];  // codes of columns i and i + 4, in the nibbles of a byte
+            for (std::size_t p = 0; p < Bits; ++p) plane[p] = load(planes + (c * Bits + p) * block_rows + v * width);
+            for (int i = 0; i < 4; ++i) {
+                both[i] = nibble_bits(plane[0], i);
+                for (std::size_t p = 1; p < Bits; ++p) both[i] = or_shifted(both[i], nibble_bits(plane[p], i), static_cast<int>(p));
+            }
+            for (std::size_t pair = 0; pair < 4; ++pair) {
+                const V left = both[pair % 2 * 2], right = both[pair % 2 * 2 + 1];
+                const V even = pair < 2 ? low_nibbles(left) : high_nibbles(left), odd = pair < 2 ? low_nibbles(right) : high_nibbles(right);
+                std::uint8_t *to = out + (pair * block_rows + v * width) * 2;
+                store_interleaved(reinterpret_cast<std::int16_t *>(to), interleave_low(even, odd), interleave_high(even, odd));
             }
         }
+}
+
+static void unpack(const std::uint8_t *planes, std::size_t bits, std::size_t first, std::size_t last, std::uint8_t *out) {
+    switch (bits) {
+        case 1: return unpack_planes<1>(planes, first, last, out);
+        case 2: return unpack_planes<2>(planes, first, last, out);
+        case 3: return unpack_planes<3>(planes, first, last, out);
+        default: return unpack_planes<4>(planes, first, last, out);
+    }
 }
 
 // A panel is [units][steps][unit][4 bytes]: a step takes four bytes of every input, two columns as int16 or four as bytes.

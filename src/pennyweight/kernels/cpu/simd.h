@@ -11,7 +11,7 @@
 //     table      sixteen bytes, as `lookup` wants them
 //     interleave sixteen-bit values from low and high bytes, stored in the order of the bytes (2 * width bytes)
 //     join       fine + 32 * coarse of the bytes that `interleave` would bring together, up to 32767, as int16
-//     bit        bit k of each byte, as 0 or 1
+//     nibble_bits bits k (below 4) and k + 4 of each byte, as the lowest of its nibbles
 //     or_shifted a | b << k, where no byte of b has bits that would cross into the next
 //     add8       sums of bytes
 //     multiply8  x86 alone: unsigned bytes of a times signed bytes of b. With VNNI acc + the sums of four in the int32 of acc,
@@ -51,7 +51,7 @@ PENNYWEIGHT_INLINE V table(const std::uint8_t *from) {
 PENNYWEIGHT_INLINE V lookup(V table, V index) { return _mm512_shuffle_epi8(table, index); }
 PENNYWEIGHT_INLINE V low_nibbles(V v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 PENNYWEIGHT_INLINE V high_nibbles(V v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
-PENNYWEIGHT_INLINE V bit(V v, int k) { return _mm512_and_si512(_mm512_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm512_set1_epi8(1)); }
+PENNYWEIGHT_INLINE V nibble_bits(V v, int k) { return _mm512_and_si512(_mm512_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm512_set1_epi8(17)); }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) { return _mm512_or_si512(a, _mm512_sll_epi16(b, _mm_cvtsi32_si128(k))); }
 PENNYWEIGHT_INLINE V add8(V a, V b) { return _mm512_add_epi8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
@@ -104,7 +104,7 @@ PENNYWEIGHT_INLINE V table(const std::uint8_t *from) {
 PENNYWEIGHT_INLINE V lookup(V table, V index) { return _mm256_shuffle_epi8(table, index); }
 PENNYWEIGHT_INLINE V low_nibbles(V v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 PENNYWEIGHT_INLINE V high_nibbles(V v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
-PENNYWEIGHT_INLINE V bit(V v, int k) { return _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm256_set1_epi8(1)); }
+PENNYWEIGHT_INLINE V nibble_bits(V v, int k) { return _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm256_set1_epi8(17)); }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) { return _mm256_or_si256(a, _mm256_sll_epi16(b, _mm_cvtsi32_si128(k))); }
 PENNYWEIGHT_INLINE V add8(V a, V b) { return _mm256_add_epi8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
@@ -141,7 +141,7 @@ PENNYWEIGHT_INLINE V table(const std::uint8_t *from) { return vld1q_u8(from); }
 PENNYWEIGHT_INLINE V lookup(V table, V index) { return vqtbl1q_u8(table, index); }
 PENNYWEIGHT_INLINE V low_nibbles(V v) { return vandq_u8(v, vdupq_n_u8(15)); }
 PENNYWEIGHT_INLINE V high_nibbles(V v) { return vshrq_n_u8(v, 4); }
-PENNYWEIGHT_INLINE V bit(V v, int k) { return vandq_u8(vshlq_u8(v, vdupq_n_s8(static_cast<std::int8_t>(-k))), vdupq_n_u8(1)); }
+PENNYWEIGHT_INLINE V nibble_bits(V v, int k) { return vandq_u8(vshlq_u8(v, vdupq_n_s8(static_cast<std::int8_t>(-k))), vdupq_n_u8(17)); }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) { return vorrq_u8(a, vshlq_u8(b, vdupq_n_s8(static_cast<std::int8_t>(k)))); }
 PENNYWEIGHT_INLINE V add8(V a, V b) { return vaddq_u8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return vdupq_n_u8(static_cast<std::uint8_t>(value)); }
@@ -196,8 +196,8 @@ PENNYWEIGHT_INLINE V high_nibbles(V v) {
     for (int i = 0; i < 16; ++i) v.byte[i] >>= 4;
     return v;
 }
-PENNYWEIGHT_INLINE V bit(V v, int k) {
-    for (int i = 0; i < 16; ++i) v.byte[i] = v.byte[i] >> k & 1;
+PENNYWEIGHT_INLINE V nibble_bits(V v, int k) {
+    for (int i = 0; i < 16; ++i) v.byte[i] = v.byte[i] >> k & 17;
     return v;
 }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) {
