@@ -5,7 +5,7 @@
 #   make experiments   the measured pages of docs/results (hours; read the public data of PENNYWEIGHT_DATA)
 #   make bench         the benchmark tables (the same)
 #   make sanitize      the kernels' tests under the address and undefined-behaviour sanitizers
-#   make emulate       the kernels' tests with AVX-512 emulated
+#   make emulate       the kernels' tests with AVX-512 and AMX emulated
 
 PYTHON ?= python3
 VENV := .venv

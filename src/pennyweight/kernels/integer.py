@@ -8,7 +8,8 @@
 so a result depends neither on the number of threads nor on the instruction set. With 16 bits it differs from the
 float32 product by about 1e-5 of its size, less than bfloat16 loses in rounding its inputs; with 8 bits by about 1e-2.
 Few inputs meet bit planes by table look-up: the sums of any of four inputs are tabulated, and four bits of a weight's
-row choose one (the idea of T-MAC, arXiv 2407.00088). Many inputs meet weights widened to 16 bits, panel by panel.
+row choose one (the idea of T-MAC, arXiv 2407.00088). Many inputs meet weights unpacked to bytes or 16 bits, panel
+by panel.
 """
 
 from __future__ import annotations
