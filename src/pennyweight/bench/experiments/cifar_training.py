@@ -1,0 +1,167 @@
+"""What the experiments on binary training share: small CIFAR-10, runs kept on disk, learning rates by validation.
+
+A recipe file of `recipes/` says how a method is trained; an experiment trains it, and what it is compared with, for the
+same steps on the same images. The learning rate of each comes from one grid, by the accuracy on validation images taken
+out of the training split, with the first seed; the test images are looked at once, after that.
+
+Every run is a directory below --runs whose name holds a digest of its recipe: an interrupted experiment goes on where it
+stopped, and two experiments share the baselines they have in common.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch.nn.functional as F
+
+from ...progress import progress_bars
+from ...training.data import Split, load_data
+from ...training.loop import REPORT, train
+from ...training.settings import DataSettings, TrainingRecipe
+from ..results import Cell, Table
+
+REPOSITORY = Path(__file__).parents[4]
+
+
+@cache
+def cifar10_halved(samples: int) -> dict[str, Split]:
+    """CIFAR-10 at 16 x 16: the mean of each 2 x 2 pixels, rounded. samples: of the training split, the first ones."""
+    data = load_data(DataSettings("cifar10", samples=samples), seed=0)
+    assert data.test is not None
+    return {"train": _halved(data.train), "test": _halved(data.test)}
+
+
+def _halved(split: Split) -> Split:
+    return dataclasses.replace(split, inputs=F.avg_pool2d(split.inputs.float(), 2).round().byte())
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of an experiment: its name and how it is trained."""
+
+    name: str
+    recipe: TrainingRecipe
+
+    def at(self, lr: float, seed: int, runs: Path) -> TrainingRecipe:
+        """Its recipe with that learning rate (those of later stages keep their ratio to it), seed and output."""
+        base = self.recipe.optimizer.lr
+        stages = tuple(
+            dataclasses.replace(stage, optimizer={**stage.optimizer, "lr": stage.optimizer.get("lr", base) * lr / base})
+            for stage in self.recipe.stages
+        )
+        optimizer = dataclasses.replace(self.recipe.optimizer, lr=lr)
+        recipe = dataclasses.replace(self.recipe, optimizer=optimizer, stages=stages, seed=seed, output="")
+        digest = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        return dataclasses.replace(recipe, output=str(runs / digest))
+
+
+def contenders(path: Path, method: str, baselines: Mapping[str, str | None]) -> list[Contender]:
+    """The method of a recipe file, after its baselines: name -> preset, or None for full precision.
+
+    Baselines differ from the recipe in `prepare` alone, but that they have no stages: all steps are of one.
+    """
+    recipe = TrainingRecipe.load(path)
+    steps = recipe.steps or sum(stage.steps or 0 for stage in recipe.stages)
+    plain = dataclasses.replace(recipe, stages=(), steps=steps)
+    made = [
+        Contender(name, dataclasses.replace(plain, prepare=None if preset is None else {"preset": preset}))
+        for name, preset in baselines.items()
+    ]
+    return [*made, Contender(method, recipe)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """lr: the one chosen. validation: learning rate -> accuracy in percent with the first seed.
+
+    One number a seed: test accuracy in percent, and of quantised weights the estimating error and the gradient
+    instability of the last step (training/diagnostics.py), empty for full precision.
+    """
+
+    lr: float
+    validation: dict[float, float]
+    accuracy: list[float]
+    error: list[float]
+    instability: list[float]
+
+
+def measure(contender: Contender, rates: Sequence[float], seeds: Sequence[int], runs: Path) -> Outcome:
+    """Choose the learning rate with the first seed, then train with all of them."""
+    tried = {lr: _trained(contender.at(lr, seeds[0], runs), contender.name) for lr in rates}
+    validation = {lr: 100 * report["validation"]["accuracy"] for lr, report in tried.items()}
+    best = max(validation, key=lambda lr: validation[lr])
+    reports = [tried[best], *(_trained(contender.at(best, seed, runs), contender.name) for seed in seeds[1:])]
+    found: dict[str, list[float]] = {
+        key: [report["last"][key] for report in reports if key in report["last"]]
+        for key in ("estimating_error", "gradient_instability")
+    }
+    accuracy = [100 * report["test"]["accuracy"] for report in reports]
+    return Outcome(best, validation, accuracy, found["estimating_error"], found["gradient_instability"])
+
+
+def _trained(recipe: TrainingRecipe, name: str) -> dict[str, Any]:
+    """The report of a run, from its directory if it has been trained already."""
+    path = Path(recipe.output) / REPORT
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    with progress_bars() as progress:
+        label = f"{name}, lr {recipe.optimizer.lr:g}, seed {recipe.seed}"
+        return train(recipe, resume=True, progress=lambda _, done, total: progress(label, done, total)).report
+
+
+def arguments_of(command: str, page: str, doc: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """--out, --runs, --seeds and --rates of an experiment."""
+    parser = argparse.ArgumentParser(prog=command, description=(doc or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results" / page)
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "out" / "experiments", help="where runs are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="the grid of learning rates")
+    return parser.parse_args(arguments)
+
+
+def tables(outcomes: Mapping[str, Outcome]) -> list[Table]:
+    """What is shown of every experiment: the comparison, and how the learning rates were chosen."""
+    rows = {
+        name: [f"{found.lr:g}", found.accuracy, found.error or "", _scientific(found.instability)]
+        for name, found in outcomes.items()
+    }
+    rates = list(next(iter(outcomes.values())).validation)
+    chosen: dict[str, list[Cell]] = {name: [found.validation[lr] for lr in rates] for name, found in outcomes.items()}
+    return [
+        Table(
+            "Test accuracy in percent; the two indicators of ReSTE at the last step, over all binary weights",
+            ["method", "learning rate", "accuracy", "estimating error", "gradient instability"],
+            rows,
+        ),
+        Table(
+            "Accuracy on the validation images in percent at each learning rate, first seed",
+            ["method", *(f"{lr:g}" for lr in rates)],
+            chosen,
+        ),
+    ]
+
+
+def _scientific(values: Sequence[float]) -> str:
+    return f"{fmean(values):.1e}" if values else ""
+
+
+def compared(outcomes: Mapping[str, Outcome], method: str, baseline: str) -> str:
+    """Whether the method is ahead of the baseline, by the differences seed by seed, as a sentence."""
+    differences = [a - b for a, b in zip(outcomes[method].accuracy, outcomes[baseline].accuracy)]
+    mean = fmean(differences)
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    shows = mean > 2 * error
+    return (
+        f"{method} against {baseline}: {mean:+.1f} points, standard error {error:.1f} over {len(differences)} seeds: "
+        + ("ahead." if shows else "behind." if mean < -2 * error else "no difference that these seeds can tell.")
+    )
