@@ -2,9 +2,9 @@
 
 A recipe file of `recipes/` says how a method is trained; an experiment trains it, and what it is compared with, for the
 same steps on the same images. The learning rate of each comes from one grid, by the accuracy on validation images taken
-out of the training split, with the first seed; the test images are looked at once, after that.
+out of the training split, with the first seed; the test images have no part in it.
 
-Every run is a directory below --runs whose name holds a digest of its recipe: an interrupted experiment goes on where it
+Every run is a directory below --runs whose name is a digest of its recipe: an interrupted experiment goes on where it
 stopped, and two experiments share the baselines they have in common.
 """
 
@@ -125,7 +125,7 @@ def arguments_of(command: str, page: str, doc: str | None, arguments: Sequence[s
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results" / page)
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "out" / "experiments", help="where runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rate")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="the grid of learning rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="the grid of learning rates")
     return parser.parse_args(arguments)
 
 
@@ -164,4 +164,32 @@ def compared(outcomes: Mapping[str, Outcome], method: str, baseline: str) -> str
     return (
         f"{method} against {baseline}: {mean:+.1f} points, standard error {error:.1f} over {len(differences)} seeds: "
         + ("ahead." if shows else "behind." if mean < -2 * error else "no difference that these seeds can tell.")
+    )
+
+
+def ratio_of(values: Sequence[float], reference: Sequence[float]) -> float:
+    """Of the means."""
+    return fmean(values) / fmean(reference)
+
+
+def at_the_edge(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """A sentence for each row whose learning rate is the least or the greatest of the grid: it may want another."""
+    return [
+        f"The learning rate of {name}, {found.lr:g}, is at the edge of the grid; a better one may lie beyond."
+        for name, found in outcomes.items()
+        if found.lr in (min(found.validation), max(found.validation))
+    ]
+
+
+def data_of(recipe: TrainingRecipe) -> str:
+    """Which images, network and steps a recipe stands for, for the page."""
+    samples, held_out = recipe.data.options["samples"], recipe.data.validation
+    steps = recipe.steps or sum(stage.steps or 0 for stage in recipe.stages)
+    epochs = steps / ((samples - held_out) // recipe.batch)
+    options = ", ".join(f"{key} {value}" for key, value in recipe.model.options.items())
+    return (
+        f"CIFAR-10 at 16 x 16 pixels, the first {samples:,} training images ({held_out:,} of them for validation, "
+        f"drawn anew for each seed), all 10,000 test images; mirrored at random. {recipe.model.name} ({options}), "
+        f"{steps:,} steps of {recipe.batch} images ({epochs:g} epochs), {recipe.optimizer.name}, "
+        f"{recipe.schedule.name} schedule. First and last layer real."
     )
