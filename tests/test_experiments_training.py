@@ -9,6 +9,7 @@ import torch
 
 from pennyweight.bench.experiments import cifar_training
 from pennyweight.bench.experiments.cifar_training import (
+    BASELINES,
     Contender,
     Outcome,
     at_the_edge,
@@ -45,7 +46,7 @@ def small(**changes) -> TrainingRecipe:
 
 @pytest.mark.parametrize("method", ["reste", "biper"])
 def test_rows_of_a_recipe_file_differ_in_what_is_compared_alone(method):
-    plain, baseline, own = contenders(RECIPES / f"{method}.yaml", "own", {"full precision": None, "STE": "bnn"})
+    plain, baseline, own = contenders(RECIPES / f"{method}.yaml", "own", (1e-2,), BASELINES)
     assert plain.recipe.prepare is None and baseline.recipe.prepare == {"preset": "bnn"}
     assert own.recipe.prepare == {"preset": method}
     for row in (plain, baseline):
@@ -56,7 +57,7 @@ def test_rows_of_a_recipe_file_differ_in_what_is_compared_alone(method):
 
 
 def test_recipes_of_both_pages_share_their_baselines(tmp_path):
-    rows = [contenders(RECIPES / f"{method}.yaml", method, {"STE": "bnn"})[0] for method in ("reste", "biper")]
+    rows = [contenders(RECIPES / f"{method}.yaml", method, (1e-2,), BASELINES)[1] for method in ("reste", "biper")]
     outputs = {row.at(1e-2, 1, tmp_path).output for row in rows}
     assert len(outputs) == 1
 
@@ -67,10 +68,10 @@ def test_a_rate_moves_the_rates_of_all_stages():
         optimizer={"name": "adam", "lr": 1e-2},
         stages=[{"steps": 2}, {"steps": 1, "optimizer": {"lr": 2e-3}}],
     )
-    made = Contender("own", recipe).at(3e-2, 5, Path("runs"))
+    made = Contender("own", recipe, ()).at(3e-2, 5, Path("runs"))
     assert made.optimizer.lr == 3e-2 and made.seed == 5
     assert [stage.optimizer["lr"] for stage in made.stages] == pytest.approx([3e-2, 6e-3])
-    assert made.output != Contender("own", recipe).at(3e-2, 6, Path("runs")).output
+    assert made.output != Contender("own", recipe, ()).at(3e-2, 6, Path("runs")).output
 
 
 def test_every_run_is_trained_once_and_the_rate_chosen_by_validation(tmp_path, monkeypatch):
@@ -82,12 +83,12 @@ def test_every_run_is_trained_once_and_the_rate_chosen_by_validation(tmp_path, m
         return original(recipe, **options)
 
     monkeypatch.setattr(cifar_training, "train", counted)
-    contender = Contender("own", small())
-    found = measure(contender, [1e-4, 1e-2], [0, 1], tmp_path)
+    contender = Contender("own", small(), (1e-4, 1e-2))
+    found = measure(contender, [0, 1], tmp_path)
     assert found.lr == max(found.validation, key=lambda lr: found.validation[lr])
     assert sorted(trained) == sorted([(1e-4, 0), (1e-2, 0), (found.lr, 1)])
     assert len(found.accuracy) == len(found.error) == len(found.instability) == 2
-    assert measure(contender, [1e-4, 1e-2], [0, 1], tmp_path) == found and len(trained) == 3
+    assert measure(contender, [0, 1], tmp_path) == found and len(trained) == 3
 
 
 def outcome(*accuracy: float, lr: float = 1e-2) -> Outcome:

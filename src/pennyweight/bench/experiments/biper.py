@@ -4,7 +4,8 @@
 
 How BiPer is trained is recipes/biper.yaml, in two stages as published. The baselines have one stage of as many steps
 and differ in `prepare` otherwise: `bnn` (signs, gradient where |x| <= 1), `bi-real` (the triangle as the gradient of
-activations, which BiPer has, too: what the sine adds is seen against this) and none (full precision).
+activations, which BiPer has, too: what the sine adds is seen against this) and none (full precision). A step of BiPer's
+latent weight is a step of omega = 20 times that in phase: its grid of learning rates lies lower.
 Data: PENNYWEIGHT_DATA, default ../shared/data beside the repository.
 """
 
@@ -13,7 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..results import write_results
-from .cifar_training import REPOSITORY, arguments_of, at_the_edge, compared, contenders, data_of, measure, tables
+from .cifar_training import (
+    BASELINES,
+    REPOSITORY,
+    arguments_of,
+    at_the_edge,
+    compared,
+    contenders,
+    data_of,
+    measure,
+    tables,
+)
 
 COMMAND = "python -m pennyweight.bench.experiments.biper"
 RECIPE = REPOSITORY / "recipes" / "biper.yaml"
@@ -21,8 +32,8 @@ RECIPE = REPOSITORY / "recipes" / "biper.yaml"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = arguments_of(COMMAND, "biper.md", __doc__, arguments)
-    rows = contenders(RECIPE, "BiPer", {"full precision": None, "STE": "bnn", "Bi-Real": "bi-real"})
-    found = {row.name: measure(row, options.rates, options.seeds, options.runs) for row in rows}
+    rows = contenders(RECIPE, "BiPer", (3e-3, 1e-2), BASELINES | {"Bi-Real": ("bi-real", (1e-2, 3e-2))})
+    found = {row.name: measure(row, options.seeds, options.runs) for row in rows}
     write_results(
         options.out,
         title="BiPer: weights as the sign of a sine",

@@ -1,8 +1,8 @@
 """What the experiments on binary training share: small CIFAR-10, runs kept on disk, learning rates by validation.
 
 A recipe file of `recipes/` says how a method is trained; an experiment trains it, and what it is compared with, for the
-same steps on the same images. The learning rate of each comes from one grid, by the accuracy on validation images taken
-out of the training split, with the first seed; the test images have no part in it.
+same steps on the same images. The learning rate of each comes from a grid of its own, by the accuracy on validation
+images taken out of the training split, with the first seed; the test images have no part in it.
 
 Every run is a directory below --runs whose name is a digest of its recipe: an interrupted experiment goes on where it
 stopped, and two experiments share the baselines they have in common.
@@ -31,6 +31,11 @@ from ...training.settings import DataSettings, TrainingRecipe
 from ..results import Cell, Table
 
 REPOSITORY = Path(__file__).parents[4]
+#: Rows of every experiment: name -> (preset, or None for full precision; learning rates that are tried).
+BASELINES: dict[str, tuple[str | None, Sequence[float]]] = {
+    "full precision": (None, (3e-3, 1e-2)),
+    "STE": ("bnn", (3e-3, 1e-2, 3e-2)),
+}
 
 
 @cache
@@ -47,10 +52,11 @@ def _halved(split: Split) -> Split:
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of an experiment: its name and how it is trained."""
+    """One row of an experiment: its name, how it is trained, and the learning rates that are tried."""
 
     name: str
     recipe: TrainingRecipe
+    rates: Sequence[float]
 
     def at(self, lr: float, seed: int, runs: Path) -> TrainingRecipe:
         """Its recipe with that learning rate (those of later stages keep their ratio to it), seed and output."""
@@ -65,19 +71,24 @@ class Contender:
         return dataclasses.replace(recipe, output=str(runs / digest))
 
 
-def contenders(path: Path, method: str, baselines: Mapping[str, str | None]) -> list[Contender]:
-    """The method of a recipe file, after its baselines: name -> preset, or None for full precision.
+def contenders(
+    path: Path, method: str, rates: Sequence[float], baselines: Mapping[str, tuple[str | None, Sequence[float]]]
+) -> list[Contender]:
+    """The method of a recipe file, after its baselines: name -> (preset, or None for full precision, rates).
 
     Baselines differ from the recipe in `prepare` alone, but that they have no stages: all steps are of one.
     """
     recipe = TrainingRecipe.load(path)
-    steps = recipe.steps or sum(stage.steps or 0 for stage in recipe.stages)
-    plain = dataclasses.replace(recipe, stages=(), steps=steps)
+    plain = dataclasses.replace(recipe, stages=(), steps=_steps(recipe))
     made = [
-        Contender(name, dataclasses.replace(plain, prepare=None if preset is None else {"preset": preset}))
-        for name, preset in baselines.items()
+        Contender(name, dataclasses.replace(plain, prepare=None if preset is None else {"preset": preset}), grid)
+        for name, (preset, grid) in baselines.items()
     ]
-    return [*made, Contender(method, recipe)]
+    return [*made, Contender(method, recipe, rates)]
+
+
+def _steps(recipe: TrainingRecipe) -> int:
+    return recipe.steps or sum(stage.steps or 0 for stage in recipe.stages)
 
 
 @dataclass(frozen=True)
@@ -95,9 +106,9 @@ class Outcome:
     instability: list[float]
 
 
-def measure(contender: Contender, rates: Sequence[float], seeds: Sequence[int], runs: Path) -> Outcome:
+def measure(contender: Contender, seeds: Sequence[int], runs: Path) -> Outcome:
     """Choose the learning rate with the first seed, then train with all of them."""
-    tried = {lr: _trained(contender.at(lr, seeds[0], runs), contender.name) for lr in rates}
+    tried = {lr: _trained(contender.at(lr, seeds[0], runs), contender.name) for lr in contender.rates}
     validation = {lr: 100 * report["validation"]["accuracy"] for lr, report in tried.items()}
     best = max(validation, key=lambda lr: validation[lr])
     reports = [tried[best], *(_trained(contender.at(best, seed, runs), contender.name) for seed in seeds[1:])]
@@ -120,12 +131,11 @@ def _trained(recipe: TrainingRecipe, name: str) -> dict[str, Any]:
 
 
 def arguments_of(command: str, page: str, doc: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """--out, --runs, --seeds and --rates of an experiment."""
+    """--out, --runs and --seeds of an experiment."""
     parser = argparse.ArgumentParser(prog=command, description=(doc or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results" / page)
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "out" / "experiments", help="where runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rate")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="the grid of learning rates")
     return parser.parse_args(arguments)
 
 
@@ -135,8 +145,10 @@ def tables(outcomes: Mapping[str, Outcome]) -> list[Table]:
         name: [f"{found.lr:g}", found.accuracy, found.error or "", _scientific(found.instability)]
         for name, found in outcomes.items()
     }
-    rates = list(next(iter(outcomes.values())).validation)
-    chosen: dict[str, list[Cell]] = {name: [found.validation[lr] for lr in rates] for name, found in outcomes.items()}
+    rates = sorted({lr for found in outcomes.values() for lr in found.validation})
+    tried: dict[str, list[Cell]] = {
+        name: [found.validation.get(lr, "") for lr in rates] for name, found in outcomes.items()
+    }
     return [
         Table(
             "Test accuracy in percent; the two indicators of ReSTE at the last step, over all binary weights",
@@ -146,7 +158,7 @@ def tables(outcomes: Mapping[str, Outcome]) -> list[Table]:
         Table(
             "Accuracy on the validation images in percent at each learning rate, first seed",
             ["method", *(f"{lr:g}" for lr in rates)],
-            chosen,
+            tried,
         ),
     ]
 
@@ -183,8 +195,7 @@ def at_the_edge(outcomes: Mapping[str, Outcome]) -> list[str]:
 
 def data_of(recipe: TrainingRecipe) -> str:
     """Which images, network and steps a recipe stands for, for the page."""
-    samples, held_out = recipe.data.options["samples"], recipe.data.validation
-    steps = recipe.steps or sum(stage.steps or 0 for stage in recipe.stages)
+    samples, held_out, steps = recipe.data.options["samples"], recipe.data.validation, _steps(recipe)
     epochs = steps / ((samples - held_out) // recipe.batch)
     options = ", ".join(f"{key} {value}" for key, value in recipe.model.options.items())
     return (

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ..results import write_results
 from .cifar_training import (
+    BASELINES,
     REPOSITORY,
     arguments_of,
     at_the_edge,
@@ -29,8 +30,8 @@ RECIPE = REPOSITORY / "recipes" / "reste.yaml"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = arguments_of(COMMAND, "reste.md", __doc__, arguments)
-    rows = contenders(RECIPE, "ReSTE", {"full precision": None, "STE": "bnn"})
-    found = {row.name: measure(row, options.rates, options.seeds, options.runs) for row in rows}
+    rows = contenders(RECIPE, "ReSTE", (1e-2, 3e-2), BASELINES)
+    found = {row.name: measure(row, options.seeds, options.runs) for row in rows}
     error, instability = (
         ratio_of(found["ReSTE"].error, found["STE"].error),
         ratio_of(found["ReSTE"].instability, found["STE"].instability),
