@@ -29,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ from torch import Tensor, nn
 import common
 import pennyweight as pw
 from common import Result, Row, Table, verdict
-from pennyweight.bench.results import versions
 from pennyweight.models.resnet_cifar import resnet18_cifar, resnet20
 
 #: name -> (factory, images of a batch)
@@ -173,10 +173,10 @@ def result(rows: dict[str, Row], rounds: int) -> Result:
     slowest = max(row["convert"][recipe] for row in rows.values() for recipe in RECIPES)
     return Result(
         title="Training beside brevitas",
-        claim=f"a training step at most {MOST_TIME:g} times as long as brevitas', a W1A1 file at least "
+        claim=f"a training step at most {MOST_TIME} times as long as brevitas', a W1A1 file at least "
         f"{LEAST_SMALLER:g} times smaller than its checkpoint, conversion in under {MOST_SECONDS:g} seconds",
         data=f"random images of 32 x 32; {torch.get_num_threads()} thread, {rounds} rounds after one that is not "
-        f"counted; {versions(('brevitas',))}",
+        f"counted; brevitas {version('brevitas')}",
         tables=[
             Table(
                 "One training step, milliseconds of processor time, medians of interleaved runs",
