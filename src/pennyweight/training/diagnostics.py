@@ -11,7 +11,8 @@ Measured at every estimator in a chain of weight parametrizations, whose output 
     gradient instability    sum over layers of Var(|dL/dw|), unbiased, over the latent weights of the layer
 
 ReSTE's code reads the last batch of an epoch and accumulates both over epochs; here each log stands for itself.
-Gradients are read before clipping. Codes are seen in the forward pass, so an update counts at the step that follows it.
+Gradients are read before clipping. Where parameters are divided among processes, latent weights and gradients are
+gathered to be read, so every process calls `gradients` and `histograms`. Codes are seen in the forward pass, so an update counts at the step that follows it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..estimators import Estimator
+from .parallel import whole
 
 #: Bins of a histogram of latent weights, from -3 to 3 times their root mean square; the outer ones hold all beyond.
 BINS = 16
@@ -87,16 +89,23 @@ class Diagnostics:
     def gradients(self) -> dict[str, float]:
         """Var(|dL/dw|) of each layer; call it when gradients are whole and unscaled."""
         return {
-            name: float(layer.latent.grad.abs().float().var())
+            name: float(whole(layer.latent.grad).abs().float().var())
             for name, layer in self.layers.items()
             if layer.latent.grad is not None and layer.latent.numel() > 1
         }
 
     @torch.no_grad()
-    def report(self, gradients: Mapping[str, float], histograms: bool) -> dict[str, dict[str, Any]]:
+    def histograms(self) -> dict[str, dict[str, Any]]:
+        """Of the latent weights of each layer."""
+        return {name: histogram(whole(layer.latent)) for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def report(
+        self, gradients: Mapping[str, float], histograms: Mapping[str, dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
         """What is known of each layer since the last report; `reset` begins the next interval."""
         return {
-            name: self._row(layer, gradients.get(name), histograms)
+            name: self._row(layer, gradients.get(name)) | ({"latent": histograms[name]} if name in histograms else {})
             for name, layer in self.layers.items()
             if layer.seen is not None
         }
@@ -106,10 +115,10 @@ class Diagnostics:
             layer.flips = layer.oscillations = torch.zeros_like(layer.flips)
             layer.updates = 0
 
-    def _row(self, layer: _Layer, gradient: float | None, histograms: bool) -> dict[str, Any]:
+    def _row(self, layer: _Layer, gradient: float | None) -> dict[str, Any]:
         assert layer.seen is not None
         chances = layer.updates * layer.seen.numel()
-        row: dict[str, Any] = {
+        return {
             "weights": layer.seen.numel(),
             "updates": layer.updates,
             "flip_rate": int(layer.flips) / chances if chances else None,
@@ -117,9 +126,6 @@ class Diagnostics:
             "estimating_error": estimating_error(layer.estimator, layer.seen),
             "gradient_instability": gradient,
         }
-        if histograms:
-            row["latent"] = histogram(layer.latent)
-        return row
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain values by layer."""
