@@ -72,7 +72,7 @@ class Diagnostics:
             updated = self._waiting.pop(name)
             layer = self.layers[name]
             codes = output.detach().to(torch.int16)
-            layer.seen = inputs[0].detach()
+            layer.seen = inputs[0].detach().clone()  # it may be the latent weight, which the step changes
             if layer.codes is None or layer.last_flip is None:
                 layer.last_flip = torch.zeros_like(codes, dtype=torch.int8)
             elif updated:

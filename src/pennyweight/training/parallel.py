@@ -12,7 +12,7 @@ The launcher's settings are accelerate's, the dividing is `torch.distributed.fsd
 1.15 divides on accelerators only, and on CPUs takes --use_fsdp for plain data parallelism. Two things would not fit
 here, besides: it refuses models with scalar parameters (a learned step), and it casts gathered weights to the precision
 of the products, which a mean |w| would feel. Scalars stay whole on each process, their gradients averaged; mixed
-precision is autocast, as on one process.
+precision is autocast, as on one process. torch's packages for this are imported where used, since they take long.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import PlanError, require
 
@@ -95,16 +92,28 @@ class Divided(Replicated):
     def place(self, model: nn.Module) -> None:
         if self.ordinary is not None:
             return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         device = self.accelerator.device
         self.ordinary = copy.deepcopy(model.cpu())
         model.to(device)
         mesh = init_device_mesh(device.type, (self.accelerator.num_processes,))
         scalars = {p for p in model.parameters() if p.ndim == 0}
-        for unit in _units(model, self.units):
-            fully_shard(
-                unit, mesh=mesh, ignored_params=scalars, reshard_after_forward=self.reshard_after_forward
-            )  # fmt: skip
+        for unit in self.units_of(model):
+            fully_shard(unit, mesh=mesh, ignored_params=scalars, reshard_after_forward=self.reshard_after_forward)
         fully_shard(model, mesh=mesh, ignored_params=scalars)
+
+    def units_of(self, model: nn.Module) -> list[nn.Module]:
+        """The modules of the classes named, inner ones first. Raises PlanError for a class that the model has none of."""
+        there = {type(module).__name__ for module in model.modules()}
+        for name in self.units:
+            if name not in there:
+                raise PlanError(
+                    f"--fsdp_transformer_layer_cls_to_wrap: no module is a {name}; there are: "
+                    f"{', '.join(sorted(there))}"
+                )
+        return [module for module in reversed(list(model.modules())[1:]) if type(module).__name__ in self.units]
 
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         self.wrapped = True
@@ -125,7 +134,7 @@ class Divided(Replicated):
 
     def end_backward(self, model: nn.Module) -> None:
         for p in model.parameters():
-            if p.grad is not None and not isinstance(p, DTensor):
+            if p.grad is not None and not is_divided(p):
                 p.grad = self.accelerator.reduce(p.grad, "mean")
 
     def clip(self, parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
@@ -137,7 +146,7 @@ class Divided(Replicated):
         with self.forward():
             yield
         for module in model.modules():  # the root keeps what it gathered until a backward pass, which does not come
-            if isinstance(module, FSDPModule):
+            if hasattr(module, "reshard"):
                 module.reshard()
 
     def whole(self, model: nn.Module) -> nn.Module:
@@ -155,6 +164,8 @@ def parallel_of_launch(accelerator: Any) -> Replicated:
         return Replicated(accelerator)
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise PlanError("FSDP 1 is not supported; launch with --fsdp_version 2")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        raise PlanError(f"FSDP needs PyTorch 2.7 or later, this is {torch.__version__}; launch with --multi_gpu")
     plugin = require("accelerate", "train").FullyShardedDataParallelPlugin(fsdp_version=2)
     refused = {
         "--fsdp_offload_params": type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
@@ -168,9 +179,14 @@ def parallel_of_launch(accelerator: Any) -> Replicated:
     return Divided(accelerator, tuple(plugin.transformer_cls_names_to_wrap or ()), bool(plugin.reshard_after_forward))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def is_divided(tensor: Any) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
     """A divided tensor gathered, any other as it is. Every process must take part, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -179,26 +195,17 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:
-            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+            found[name] = full.cpu() if is_divided(tensor) else full
     return found
 
 
-def placed(full: Tensor, like: Tensor | None) -> Tensor:
+def placed(full: Tensor, like: Any) -> Tensor:
     """A whole tensor, the same on all processes, divided as `like` is if it has its shape; otherwise as it is."""
-    if not isinstance(like, DTensor) or full.shape != like.shape:
+    if not is_divided(like) or full.shape != like.shape:
         return full
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _units(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    """The modules of these classes, inner ones first. Raises PlanError for a class that the model does not have."""
-    there = {type(module).__name__ for module in model.modules()}
-    for name in names:
-        if name not in there:
-            raise PlanError(
-                f"--fsdp_transformer_layer_cls_to_wrap: no module is a {name}; there are: {', '.join(sorted(there))}"
-            )
-    return [module for module in reversed(list(model.modules())[1:]) if type(module).__name__ in names]
 
 
 @torch.no_grad()
