@@ -474,14 +474,14 @@ def test_flips_and_oscillations_of_the_card():
             meter.close()
             meter = Diagnostics(layer)
             meter.load_state_dict(tensors, json.loads(json.dumps(plain)))
-    row = meter.report({}, {})["0.weight"]
+    row = meter.report({}, histograms=False)["0.weight"]
     assert (row["updates"], row["flip_rate"], row["oscillation_rate"]) == (3, 3 / 6, 2 / 6)
     latent.data = torch.tensor([[-1.0, 1.0]])
     meter.watch(updated=False)  # a skipped step: whatever is seen is no flip of an update
     layer(torch.ones(1, 2))
-    assert meter.report({}, {})["0.weight"]["updates"] == 3
+    assert meter.report({}, histograms=False)["0.weight"]["updates"] == 3
     meter.reset()
-    assert meter.report({}, {})["0.weight"]["flip_rate"] is None
+    assert meter.report({}, histograms=False)["0.weight"]["flip_rate"] is None
 
 
 def test_indicators_of_reste():
@@ -664,9 +664,9 @@ def test_mistakes_have_one_clear_error(here, changes, error, text):
 
 def test_data_folder_that_is_not_there(here, monkeypatch):
     monkeypatch.setenv("PENNYWEIGHT_DATA", str(here))
-    from pennyweight.training.data import _sets
+    from pennyweight.training.data import data_sets
 
-    _sets.cache_clear()
+    data_sets.cache_clear()
     with pytest.raises(DataError, match="PENNYWEIGHT_DATA"):
         run(data={"name": "cifar10"})
 

@@ -11,8 +11,9 @@ Measured at every estimator in a chain of weight parametrizations, whose output 
     gradient instability    sum over layers of Var(|dL/dw|), unbiased, over the latent weights of the layer
 
 ReSTE's code reads the last batch of an epoch and accumulates both over epochs; here each log stands for itself.
-Gradients are read before clipping. Where parameters are divided among processes, latent weights and gradients are
-gathered to be read, so every process calls `gradients` and `histograms`. Codes are seen in the forward pass, so an update counts at the step that follows it.
+Gradients are read before clipping. Codes are seen in the forward pass, so an update counts at the step that follows it.
+Where processes divide the parameters among them, latent weights and gradients are gathered to be read: every process
+calls `gradients` and `report`.
 """
 
 from __future__ import annotations
@@ -95,20 +96,14 @@ class Diagnostics:
         }
 
     @torch.no_grad()
-    def histograms(self) -> dict[str, dict[str, Any]]:
-        """Of the latent weights of each layer."""
-        return {name: histogram(whole(layer.latent)) for name, layer in self.layers.items()}
-
-    @torch.no_grad()
-    def report(
-        self, gradients: Mapping[str, float], histograms: Mapping[str, dict[str, Any]]
-    ) -> dict[str, dict[str, Any]]:
+    def report(self, gradients: Mapping[str, float], histograms: bool) -> dict[str, dict[str, Any]]:
         """What is known of each layer since the last report; `reset` begins the next interval."""
-        return {
-            name: self._row(layer, gradients.get(name)) | ({"latent": histograms[name]} if name in histograms else {})
-            for name, layer in self.layers.items()
-            if layer.seen is not None
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for name, layer in self.layers.items():
+            latent = {"latent": histogram(whole(layer.latent))} if histograms else {}
+            if layer.seen is not None:
+                found[name] = self._row(layer, gradients.get(name)) | latent
+        return found
 
     def reset(self) -> None:
         for layer in self.layers.values():

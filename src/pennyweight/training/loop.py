@@ -150,7 +150,9 @@ class _Training:
         self.hooks = [*(make_hook(entry, self.model) for entry in recipe.hooks), *hooks]
         if self.parallel.divided and (self.hooks or hooks_of(self.model)):
             hook = type([*self.hooks, *hooks_of(self.model)][0]).__name__
-            raise PlanError(f"{hook} acts on whole weights around a step, which FSDP divides; launch with --multi_gpu")
+            raise PlanError(
+                f"{hook} acts on whole weights around a step, and FSDP divides them; launch with --multi_gpu"
+            )
         self.step = self.skipped = 0
         self.losses: list[Tensor] = []
         self.earlier: tuple[float, int] = (0.0, 0)  # sum and count of the interval's losses before a resume
@@ -345,8 +347,7 @@ class _Training:
             found = self._evaluate(self.data.validation)
             row |= {"validation_loss": found["loss"], "validation_accuracy": found.get("accuracy")}
         if self.diagnostics is not None:
-            histograms = self.diagnostics.histograms() if epoch_ends else {}
-            layers = self.diagnostics.report(self.gradients, histograms)
+            layers = self.diagnostics.report(self.gradients, histograms=epoch_ends)
             self.diagnostics.reset()
             if layers and self.log is not None:
                 row |= totals(layers)
@@ -461,6 +462,6 @@ def _check_setup(recipe: TrainingRecipe, accelerator: Any, divided: bool) -> Non
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise PlanError("precision fp16 needs a GPU; use bf16 here")
     if recipe.precision == "fp16" and divided:
-        raise PlanError("FSDP trains without the gradient scaling that fp16 needs; use bf16, or launch with --multi_gpu")
+        raise PlanError("the gradient scaling of fp16 does not know divided parameters; use bf16, or --multi_gpu")
     if recipe.precision == "fp16" and recipe.optimizer.options.get("fused"):
         raise PlanError("a fused optimizer hides from the hooks which steps fp16 skips; leave out fused, or use bf16")

@@ -105,7 +105,7 @@ class Divided(Replicated):
         fully_shard(model, mesh=mesh, ignored_params=scalars)
 
     def units_of(self, model: nn.Module) -> list[nn.Module]:
-        """The modules of the classes named, inner ones first. Raises PlanError for a class that the model has none of."""
+        """The modules of the classes named, inner ones first. Raises PlanError for classes that the model lacks."""
         there = {type(module).__name__ for module in model.modules()}
         for name in self.units:
             if name not in there:
@@ -142,11 +142,13 @@ class Divided(Replicated):
 
     @contextlib.contextmanager
     def evaluation(self, model: nn.Module) -> Iterator[None]:
+        from torch.distributed.fsdp import FSDPModule
+
         _broadcast_buffers(model)
         with self.forward():
             yield
         for module in model.modules():  # the root keeps what it gathered until a backward pass, which does not come
-            if hasattr(module, "reshard"):
+            if isinstance(module, FSDPModule):
                 module.reshard()
 
     def whole(self, model: nn.Module) -> nn.Module:
