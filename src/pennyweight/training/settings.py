@@ -22,11 +22,9 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from .. import strict_yaml
 from ..errors import PlanError, UnknownNameError
 
 
@@ -204,29 +202,11 @@ class TrainingRecipe:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainingRecipe:
         """Read the YAML; errors name the file."""
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"recipe {path} cannot be read: {error}") from None
-        except (yaml.YAMLError, ValueError) as error:
-            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-            where = f" at line {mark.line + 1}" if mark is not None else ""
-            raise PlanError(f"{path} is not valid YAML{where}: {problem or error}") from None
+        values = strict_yaml.read(path)
         try:
             return cls.from_dict(values)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice; YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _read(kind: Any, values: Any, where: str) -> Any:
