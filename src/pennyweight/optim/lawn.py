@@ -191,9 +191,8 @@ class LAWN(OptimizerWrapper):
         for weight, norm, square in zip(weights, norms, inner_products(weights, weights)):
             _local(weight).mul_(norm / square.sqrt())
 
-    @torch.compiler.disable
     def _find(self, _model: nn.Module, _inputs: Any, output: Any) -> None:
-        if self.constrained is None and torch.is_grad_enabled():
+        if self.constrained is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = homogeneous_weights(logits_of(output))
             self.constrained = self._trained([w for w in found if w in self.names])
             self._search.remove()

@@ -4,6 +4,9 @@ The loop updates a piece of a weight and divides it while it is in the cache, fo
 kernel on the CPU.
 """
 
+# The foreach and fused functions have no public names.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import itertools
@@ -19,7 +22,7 @@ from torch.optim import Optimizer
 from ..errors import PlanError
 
 #: The exponent p: a number, or points (step, p) with straight lines between them and constants beyond.
-Exponent = float | Sequence[tuple[int, float]]
+Exponent = float | Sequence[Sequence[float]]
 
 #: Elements that the fused loops work on at a time for each thread, so that all passes but the first find them in cache.
 _PIECE = 1 << 17

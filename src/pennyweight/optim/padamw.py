@@ -4,6 +4,9 @@ Decoupled Weight Decay for Any p Norm, arXiv 2404.10824; formulas and deviations
 around any optimizer.
 """
 
+# The foreach and fused functions have no public names.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -66,7 +69,7 @@ class PAdamW(AdamW):
             weights, gradients, means, squares, largest, steps = lists
             decay = Decay(group, "weight_decay")
             beta1, beta2 = group["betas"]
-            fixed = {
+            fixed: dict[str, Any] = {
                 "amsgrad": group["amsgrad"],
                 "beta1": beta1,
                 "beta2": beta2,
@@ -81,7 +84,7 @@ class PAdamW(AdamW):
                 rate = float(group["lr"])
 
                 def update(index: int, *of: Tensor, steps=steps, rate=rate, fixed=fixed) -> None:
-                    torch._fused_adamw_(*([t] for t in of[:4]), [*of[4:]], [steps[index]], lr=rate, **fixed)
+                    torch._fused_adamw_([of[0]], [of[1]], [of[2]], [of[3]], [*of[4:]], [steps[index]], lr=rate, **fixed)
 
                 maxima = [largest] if group["amsgrad"] else []
                 fused_loop(weights, [gradients, means, squares, *maxima], decay, update)

@@ -4,6 +4,9 @@ Decoupled Weight Decay for Any p Norm, arXiv 2404.10824; formulas and deviations
 around any optimizer.
 """
 
+# The foreach and fused functions have no public names.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -61,19 +64,15 @@ class PSGD(SGD):
             fixed = {key: group[key] for key in ("momentum", "dampening", "nesterov", "maximize")}
             fixed |= {"weight_decay": 0.0, "grad_scale": None, "found_inf": None}
             moving = group["momentum"] != 0
-            ready = not moving or all(b is not None for b in buffers)  # the first step makes them
-            if (
-                group["fused_loop"]
-                and not sparse
-                and ready
-                and can_loop([*weights, *gradients, *filter(None.__ne__, buffers)])
-            ):
+            others = [gradients, buffers] if moving else [gradients]
+            ready = all(tensor is not None for tensors in others for tensor in tensors)  # the first step makes them
+            if group["fused_loop"] and not sparse and ready and can_loop(sum(others, weights)):
                 rate = float(group["lr"])
 
                 def update(index: int, *of: Tensor, rate=rate, fixed=fixed) -> None:
                     torch._fused_sgd_([of[0]], [of[1]], [*of[2:]], lr=rate, is_first_step=False, **fixed)
 
-                fused_loop(weights, [gradients, buffers] if moving else [gradients], decay, update)
+                fused_loop(weights, others, decay, update)
             else:
                 decayed = [w for w in weights if decay.decays(w)]
                 divisors = decay.divisors(decayed)
