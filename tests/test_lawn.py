@@ -20,6 +20,7 @@ from pennyweight.models.resnet_cifar import resnet20
 from pennyweight.optim import LAMB, LAWN, final_homogeneous
 from pennyweight.training.building import make_optimizer
 from pennyweight.training.checkpoint import join_optimizer, split_optimizer
+from pennyweight.training.loop import train as train_recipe
 from pennyweight.training.settings import OptimizerSettings, TrainingRecipe
 
 
@@ -185,7 +186,7 @@ def test_weight_decay_hardly_matters():
 
 def test_scale_invariant_layer_has_a_tangent_gradient():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8, eps=0), nn.Linear(8, 3)).double()
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8, eps=1e-30), nn.Linear(8, 3)).double()
     optimizer = LAWN(SGD(model.parameters(), lr=0.1), model, ["0.weight"])
     optimizer.switch()
     model(torch.randn(16, 6).double()).square().sum().backward()
@@ -476,6 +477,51 @@ def test_sharded_parameters(tmp_path: Path):
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
+
+ZOO = """
+import torch
+from torch import nn
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3, bias=False))
+
+def points():
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(5))
+    return {"train": (x, x[:, :3].argmax(1)), "test": (x[:20], x[:20, :3].argmax(1))}
+"""
+
+
+def test_training_by_recipe_resumes_exactly(tmp_path: Path, monkeypatch):
+    """Stopped after the switch within the second stage; LAWN is put around p-norm decay."""
+    (tmp_path / "lawn_zoo.py").write_text(ZOO)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Stop(Exception):
+        pass
+
+    def recipe(output: str) -> TrainingRecipe:
+        around = [{"method": "pwd", "decay": 1e-3, "p": 0.8, "ramp": 4}, {"method": "lawn", "free_steps": 2}]
+        values = {
+            "model": {"name": "lawn_zoo:mlp"},
+            "data": {"name": "lawn_zoo:points"},
+            "batch": 16,
+            "stages": [{"steps": 3}, {"steps": 7, "optimizer": {"around": around}}],
+            "optimizer": {"name": "adam", "lr": 0.01},
+            "checkpoint_every": 1,
+            "output": output,
+        }
+        return TrainingRecipe.from_dict(values)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 7:
+            raise Stop
+
+    whole = train_recipe(recipe("whole"))
+    with pytest.raises(Stop):
+        train_recipe(recipe("parts"), progress=stop)
+    resumed = train_recipe(recipe("parts"), resume=True)
+    assert same(whole.model, resumed.model)
 
 
 def test_by_name():

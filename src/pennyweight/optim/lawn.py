@@ -18,7 +18,8 @@ the switch at a step the user gives (5 % of the training, at least one epoch, is
 its scheduler: warm up again after the switch and decay to 0, as the two stages of recipes/lawn.yaml do.
 
 Weight decay of constrained weights has no effect but a little on the length of steps; 0 is best. Clip after
-`project_gradients()`, or the radial part uses up the clip. A pruning mask or pWD on the same tensor contradicts it.
+`project_gradients()`, or the radial part uses up the clip. Pruning masks and p-norm decay change norms: put LAWN around
+them (outermost), so that each step ends on the spheres.
 """
 
 from __future__ import annotations
