@@ -59,13 +59,15 @@ class DataSettings:
 @dataclass(frozen=True)
 class OptimizerSettings:
     """name: of torch.optim, or a registered method of `optim`. decay: weight decay on `matrices` (two dimensions or
-    more: no biases, norms and scales) or on `all` parameters. options: further arguments of the optimizer."""
+    more: no biases, norms and scales) or on `all` parameters. options: further arguments of the optimizer. around:
+    registered methods that wrap the optimizer, innermost first: [{method: pwd, decay: 1e-3, p: 0.8}]."""
 
     name: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.0
     decay: Literal["matrices", "all"] = "matrices"
     options: dict[str, Any] = field(default_factory=dict)
+    around: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,7 @@ class TrainingRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults included; `from_dict` gives the same recipe back."""
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingRecipe:
@@ -207,6 +208,13 @@ class TrainingRecipe:
             return cls.from_dict(values)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """With lists in place of tuples, which YAML does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _read(kind: Any, values: Any, where: str) -> Any:
