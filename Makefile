@@ -19,8 +19,9 @@ NATIVE := CMakeLists.txt $(wildcard src/pennyweight/kernels/cpu/*)
 demo: $(VENV)/.installed
 	$(BIN)/pennyweight demo
 
+# As many workers as there are cores, with one thread each.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
