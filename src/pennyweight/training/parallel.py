@@ -96,6 +96,8 @@ class Divided(Replicated):
         from torch.distributed.fsdp import fully_shard
 
         device = self.accelerator.device
+        for p in model.parameters():  # as DistributedDataParallel does; else rows of differing models would be joined
+            torch.distributed.broadcast(p.detach(), 0)
         self.ordinary = copy.deepcopy(model.cpu())
         model.to(device)
         mesh = init_device_mesh(device.type, (self.accelerator.num_processes,))
