@@ -1,7 +1,8 @@
 """llama.cpp's products y = x W^T, timed alone: its library ggml, called through ctypes.
 
     library = Library(folder, threads=2)                 # what benchmarks/build_ggml.sh built
-    product = Product(library, "TQ2_0", weight, x)       # quantises W, checks the product once
+    codes = library.quantise("TQ2_0", weight)            # float32 [out, in] to bytes
+    product = Product(library, "TQ2_0", codes, x)        # computes it once and checks that
     product()                                            # y = x W^T, what is timed
     product.y                                            # float32 [n, out]
 
@@ -142,15 +143,13 @@ class Library:
 
 
 class Product:
-    """y = x W^T of a float32 W [out, in], held in a type of ggml, and float32 x [n, in]; calling it computes y.
+    """y = x W^T of a weight [out, in], the bytes that `quantise` made of it, and float32 x [n, in]; calling computes y.
 
     RuntimeError: y is not x times the dequantised weight.
     """
 
-    def __init__(self, library: Library, kind: str, weight: np.ndarray, x: np.ndarray) -> None:
-        codes = library.quantise(kind, weight)
-        self.nbytes = codes.nbytes
-        self._library, self._shape = library, (len(x), len(weight))
+    def __init__(self, library: Library, kind: str, codes: np.ndarray, x: np.ndarray) -> None:
+        self._library, self._shape = library, (len(x), len(codes))
         for buffer_type in library.buffer_types():
             with ExitStack() as memory:
                 self._place(memory, kind, codes, np.ascontiguousarray(x, np.float32), buffer_type)

@@ -92,10 +92,10 @@ def products(side: int, n: int, llama_cpp: ggml.Library | None) -> tuple[dict[st
         if run is not None:
             made[f"ONNX Runtime {bits}-bit"], nbytes[f"ONNX Runtime {bits}-bit"] = run, size
     if llama_cpp is not None:
-        ternary = torch.randint(-1, 2, (side, side)).float()
         for kind in ggml.TYPES:
-            product = ggml.Product(llama_cpp, kind, (ternary if kind.startswith("TQ") else weight).numpy(), x.numpy())
-            made[f"llama.cpp {kind}"], nbytes[f"llama.cpp {kind}"] = product, product.nbytes
+            codes = llama_cpp_weight(llama_cpp, kind, side)
+            made[f"llama.cpp {kind}"] = ggml.Product(llama_cpp, kind, codes, x.numpy())
+            nbytes[f"llama.cpp {kind}"] = codes.nbytes
     for name, packed in weights(side).items():
         matrix: Any = packed.for_running()
         made[name] = lambda m=matrix.matrix: m.linear(x, None, 8)
@@ -111,6 +111,14 @@ def llama_cpp_library(folder: Path, threads: int) -> ggml.Library | None:
     except FileNotFoundError as error:
         print(f"llama.cpp is left out: {error}", file=sys.stderr)
         return None
+
+
+@functools.cache
+def llama_cpp_weight(library: ggml.Library, kind: str, side: int) -> np.ndarray:
+    """A random weight [side, side] in that type, of ternary values for the ternary types."""
+    ternary = kind.startswith("TQ")
+    weight = torch.randint(-1, 2, (side, side)).float() if ternary else torch.randn(side, side)
+    return library.quantise(kind, weight.numpy())
 
 
 def onnx_product(x: np.ndarray, side: int, bits: int) -> tuple[Product | None, int]:
