@@ -11,7 +11,8 @@
 2. The sentence encoder that `pennyweight demo` makes, with memory="low": milliseconds a sentence and resident memory
    beside the float32 original's, each in a process of its own.
 The goals are those of the project's plan, which were set on a processor with AVX-512. The exit code is 1 if one is
-missed. ONNX Runtime (`pip install onnxruntime onnx`) is left out, with a word, where it is not installed.
+missed. ONNX Runtime (`pip install onnxruntime onnx`) and llama.cpp (`sh benchmarks/build_ggml.sh`) are left out, with a
+word, where they are not there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import ggml
 import pennyweight as pw
 import sts
 from common import Result, Row, Table, verdict
@@ -54,6 +56,11 @@ DECODE_GOALS = {
 }
 #: The same, many rows.
 BATCH_GOALS = {f"int{bits}, group 64": [(1 / 1.2, "torch bfloat16")] for bits in (2, 3, 4)}
+#: (weight, type of llama.cpp that holds a weight in about as many bits).
+LLAMA_CPP_PAIRS = [
+    ("binary, group 64", "Q1_0"), ("ternary, row scale", "TQ1_0"), ("ternary, row scale", "TQ2_0"),
+    ("int2, group 64", "Q2_K"), ("int4, group 64", "Q4_0"), ("int4, group 64", "Q4_K"), ("int8, group 64", "Q8_0"),
+]  # fmt: skip
 #: The packed encoder's milliseconds and bytes, as shares of the original's.
 ENCODER_GOALS = {"batch 1": 1.0, "batch 32": 1.0, "resident": 0.4}
 
@@ -71,7 +78,7 @@ def weights(side: int) -> dict[str, PackedWeight]:
     return made
 
 
-def products(side: int, n: int) -> tuple[dict[str, Product], dict[str, int]]:
+def products(side: int, n: int, llama_cpp: ggml.Library | None) -> tuple[dict[str, Product], dict[str, int]]:
     """(contender -> its product, contender -> bytes of its weight) for n rows of inputs."""
     x, weight = torch.randn(n, side), torch.randn(side, side)
     half, half_weight = x.bfloat16(), weight.bfloat16()
@@ -84,12 +91,34 @@ def products(side: int, n: int) -> tuple[dict[str, Product], dict[str, int]]:
         run, size = onnx_product(x.numpy(), side, bits)
         if run is not None:
             made[f"ONNX Runtime {bits}-bit"], nbytes[f"ONNX Runtime {bits}-bit"] = run, size
+    if llama_cpp is not None:
+        for kind in ggml.TYPES:
+            codes = llama_cpp_weight(llama_cpp, kind, side)
+            made[f"llama.cpp {kind}"] = ggml.Product(llama_cpp, kind, codes, x.numpy())
+            nbytes[f"llama.cpp {kind}"] = codes.nbytes
     for name, packed in weights(side).items():
         matrix: Any = packed.for_running()
         made[name] = lambda m=matrix.matrix: m.linear(x, None, 8)
         made[f"{name}, 16-bit inputs"] = lambda m=matrix.matrix: m.linear(x, None, 16)
         nbytes[name] = nbytes[f"{name}, 16-bit inputs"] = matrix.matrix.nbytes
     return made, nbytes
+
+
+def llama_cpp_library(folder: Path, threads: int) -> ggml.Library | None:
+    """llama.cpp's kernels; None if they are not in that folder."""
+    try:
+        return ggml.Library(folder, threads)
+    except FileNotFoundError as error:
+        print(f"llama.cpp is left out: {error}", file=sys.stderr)
+        return None
+
+
+@functools.cache
+def llama_cpp_weight(library: ggml.Library, kind: str, side: int) -> np.ndarray:
+    """A random weight [side, side] in that type, of ternary values for the ternary types."""
+    ternary = kind.startswith("TQ")
+    weight = torch.randint(-1, 2, (side, side)).float() if ternary else torch.randn(side, side)
+    return library.quantise(kind, weight.numpy())
 
 
 def onnx_product(x: np.ndarray, side: int, bits: int) -> tuple[Product | None, int]:
@@ -176,6 +205,19 @@ def table(
     return Table(caption, columns, rows), met
 
 
+def beside_llama_cpp(taken: dict[str, dict[str, float]], nbytes: dict[str, int], side: int) -> Table:
+    """llama.cpp's time over ours in each shape, weights of about as many bits side by side."""
+    rows = {
+        f"{name}, beside {kind}": [
+            f"{8 * nbytes[name] / side**2:.2f}", f"{8 * nbytes[f'llama.cpp {kind}'] / side**2:.2f}",
+            *(f"{times[f'llama.cpp {kind}'] / times[name]:.2f}" for times in taken.values()),
+        ]
+        for name, kind in LLAMA_CPP_PAIRS
+    }  # fmt: skip
+    caption = "Times as fast as llama.cpp, which quantises inputs to 8 bits, a scale for each 32 or 256; here one a row"
+    return Table(caption, ["weight", "bits a weight", "llama.cpp's", *taken], rows)
+
+
 # ----------------------------------------------------------------------------------------------------- the encoder
 
 
@@ -260,20 +302,27 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=128, metavar="N", help="rows of inputs in a batch")
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
     parser.add_argument("--skip-minilm", action="store_true")
+    parser.add_argument(
+        "--ggml", type=Path, default=common.OUT / "llama.cpp" / "build" / "bin", metavar="FOLDER",
+        help="llama.cpp's libraries (default: where benchmarks/build_ggml.sh leaves them)",
+    )  # fmt: skip
     args = parser.parse_args()
     common.start(args.threads)
     kept = common.Kept("kernels", args.resume)
+    llama_cpp = llama_cpp_library(args.ggml, args.threads)
     with torch.inference_mode():
         limits = ceilings(args.rounds)
-        tables, met, values = [], [], {}
+        tables, met, values, nbytes = [], [], {}, {}
         for n, cold, goals in ((1, False, DECODE_GOALS), (1, True, {}), (args.batch, False, BATCH_GOALS)):
-            made, nbytes = products(args.side, n)
+            made, nbytes = products(args.side, n, llama_cpp)
             taken = medians(made, args.rounds if n == 1 else max(3, args.rounds // 3), cold)
             shape = f"{n} x {args.side} x {args.side}, {'cold' if cold else 'warm'}"
             made_table, reached = table(shape, taken, nbytes, n * args.side**2, limits, goals)
             tables.append(made_table)
             met += reached
             values[shape] = taken
+    if llama_cpp is not None:
+        tables.append(beside_llama_cpp(dict(values), nbytes, args.side))
     if not args.skip_minilm:
         made_table, reached = encoders(args.threads, kept)
         tables.append(made_table)
@@ -286,6 +335,8 @@ def main() -> int:
         f"Reading memory reaches {limits[0] / 1e9:.1f} GB/s, float32 products {limits[1] / 1e9:.0f} billion "
         "multiplications a second.",
     ]
+    if llama_cpp is not None:
+        conclusions.append(f"llama.cpp's kernels are those of ggml {llama_cpp.version}, built for this processor.")
     result = Result(
         "Products of packed weights",
         "packed weights of 1 to 4 bits multiply faster than float ones and hold far fewer bytes",
