@@ -52,6 +52,14 @@ def same(left: nn.Module, right: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters()))
 
 
+MAKERS = {
+    "padamw": lambda ps: PAdamW(ps, lr=0.01, weight_decay=0.02, p=[[0, 1.5], [8, 0.6]], ramp=6),
+    "psgd": lambda ps: PSGD(ps, lr=0.05, momentum=0.9, weight_decay=0.01, p=0.8, ramp=6),
+    "pwd": lambda ps: PNormDecay(Adam(ps, lr=0.01), 0.02, [[0, 1.5], [8, 0.6]], ramp=6),
+    "pwd-lamb": lambda ps: PNormDecay(LAMB(ps, lr=0.01), 0.02, 0.7),
+}
+
+
 # ------------------------------------------------------------------------------------------------------ closed forms
 
 
@@ -181,6 +189,18 @@ def test_zero_absorbs(make, p):
         optimizer.step()
     assert w[0, 0] == 0
     assert w[0, 1] > 0
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_nan_is_not_hidden_and_no_gradients_are_no_step(make):
+    w = weight(1.0, float("nan"), dtype=torch.float32)
+    optimizer = make([w])
+    optimizer.step()
+    assert w[0, 0] == 1
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert w[0, 0] != 1
+    assert w[0, 1].isnan()
 
 
 @pytest.mark.parametrize("lr", [0.0, 0.1])
@@ -348,14 +368,6 @@ def test_half_precision(dtype):
 
 
 # ------------------------------------------------------------------------------------ closures, scalers, checkpoints
-
-
-MAKERS = {
-    "padamw": lambda ps: PAdamW(ps, lr=0.01, weight_decay=0.02, p=[[0, 1.5], [8, 0.6]], ramp=6),
-    "psgd": lambda ps: PSGD(ps, lr=0.05, momentum=0.9, weight_decay=0.01, p=0.8, ramp=6),
-    "pwd": lambda ps: PNormDecay(Adam(ps, lr=0.01), 0.02, [[0, 1.5], [8, 0.6]], ramp=6),
-    "pwd-lamb": lambda ps: PNormDecay(LAMB(ps, lr=0.01), 0.02, 0.7),
-}
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
