@@ -29,9 +29,9 @@ from pennyweight.optim import LAWN, PSGD, PAdamW, PNormDecay
 LAYERS, SIDE = 20, 1000
 LIMIT = 1.15
 ADAM, MOMENTUM = "AdamW, foreach", "SGD, foreach"
-SETTING = {"lr": 1e-3, "weight_decay": 1e-4}
-PLAIN = {"lr": 1e-3, "weight_decay": 0.0}
-ROLLING = {"lr": 1e-3, "weight_decay": 0.0, "momentum": 0.9}
+SETTING: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-4}
+PLAIN: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0}
+ROLLING: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "momentum": 0.9}
 
 #: name -> (what it is compared with, how it is made for a model)
 WAYS: dict[str, tuple[str, Callable[[nn.Module], Optimizer]]] = {

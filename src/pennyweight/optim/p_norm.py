@@ -64,7 +64,7 @@ class Decay:
         self.strength = self.p * group["lr"] * group[key] * share
         if isinstance(self.strength, Tensor):  # never 0, so that 0 * inf stays out of it without a look at the device
             self.strength = self.strength.clamp_min(torch.finfo(torch.float32).tiny)
-        self.acts = group[key] > 0 and (isinstance(self.strength, Tensor) or self.strength > 0)
+        self.acts = group[key] * share > 0 and (isinstance(self.strength, Tensor) or self.strength > 0)
         self.zero_below = group["zero_below"] if self.p < 2 else 0.0
         self.min_dims = group["min_dims"]
 

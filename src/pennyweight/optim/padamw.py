@@ -67,6 +67,8 @@ class PAdamW(AdamW):
             lists: list[list[Any]] = [[] for _ in range(6)]
             complex_ones = self._init_group(group, *lists)
             weights, gradients, means, squares, largest, steps = lists
+            if not weights:
+                continue
             decay = Decay(group, "weight_decay")
             beta1, beta2 = group["betas"]
             fixed: dict[str, Any] = {

@@ -60,6 +60,8 @@ class PSGD(SGD):
             lists: list[list[Any]] = [[] for _ in range(3)]
             sparse = self._init_group(group, *lists)
             weights, gradients, buffers = lists
+            if not weights:
+                continue
             decay = Decay(group, "weight_decay")
             fixed = {key: group[key] for key in ("momentum", "dampening", "nesterov", "maximize")}
             fixed |= {"weight_decay": 0.0, "grad_scale": None, "found_inf": None}
