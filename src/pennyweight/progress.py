@@ -1,4 +1,4 @@
-"""Progress of long work on the terminal, through the `progress(what, done, total)` callbacks of plan and shrink."""
+"""Progress of long work on the terminal, through `progress(what, done, total)` callbacks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ Callback = Callable[[str, int, int], None]
 #: Work shorter than this shows no bar.
 PATIENCE_SECONDS = 2.0
 
-#: What the stages of plan and shrink are called on the terminal.
+#: What the stages of the work are called on the terminal.
 STAGES = {
     "timing": "timing layers",
     "observe": "reading calibration data",
     "offers": "pricing every layer",
     "compress": "compressing",
     "recover": "recovering",
+    "train": "training",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `pennyweight plan | shrink | inspect | eval | bench | methods | demo`.
+"""The command line: `pennyweight plan | shrink | train | inspect | eval | bench | methods | demo`.
 
 A user's mistake (`PennyweightError`) ends in one line on standard error and exit code 2.
 """
@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from ..errors import PennyweightError
 from ..kernels import check_instruction_set
 from ..memory import return_freed_memory
-from . import bench, demonstration, looking, shrinking
+from . import bench, demonstration, looking, shrinking, training
 from .screen import error_line
 
 
@@ -42,6 +42,7 @@ app = typer.Typer(
 )
 app.command("plan")(shrinking.plan)
 app.command("shrink")(shrinking.shrink)
+app.command("train")(training.train)
 app.command("inspect")(looking.inspect)
 app.command("eval")(looking.evaluate)
 app.add_typer(bench.app, name="bench")

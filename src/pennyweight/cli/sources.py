@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,13 @@ from torch import Tensor, nn
 from .. import artifact
 from ..checkpoints import load_checkpoint, refuse_pickle
 from ..compress.data import Call, Output, output_tensor
-from ..errors import ArtifactError, DataError, PennyweightError, require
+from ..errors import ArtifactError, DataError, require
+from ..factory import FACTORY, call_factory
 from ..models.english_text import calibration_text, held_out_text
 from ..models.pretrained import has_tokenizer, load_pretrained, load_tokenizer, quiet_transformers
 from ..models.sentence_encoder import SentenceEncoder, copy_side_files, is_sentence_encoder
 
 BATCH_SIZE = 32
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model")
 
@@ -72,8 +70,8 @@ def load_source(name: str) -> Source:
             f"{name} is a single file; give the directory it lies in with its config.json, or a module:factory "
             "that makes the model and loads it"
         )
-    if _FACTORY.fullmatch(name):
-        model = _called(name)
+    if FACTORY.fullmatch(name):
+        model = call_factory(name)
         if not isinstance(model, nn.Module):
             raise ArtifactError(f"{name} returned a {type(model).__name__}; it must return an nn.Module")
         return Source(name, model)
@@ -92,8 +90,8 @@ def load_packed(directory: Path, reference: Source | None) -> Source:
         return Source(str(directory), encoder.model, directory, encoder.tokenizer, encoder)
     if "model_type" in artifact.read_artifact(directory).config:
         model = artifact.load(directory)
-    elif reference is not None and _FACTORY.fullmatch(reference.name):
-        model = artifact.load(directory, model=_called(reference.name))
+    elif reference is not None and FACTORY.fullmatch(reference.name):
+        model = artifact.load(directory, model=call_factory(reference.name))
     else:
         raise ArtifactError(f"{directory} names no transformers model; give its module:factory as --reference")
     return Source(str(directory), model, directory, load_tokenizer(directory) if has_tokenizer(directory) else None)
@@ -110,8 +108,8 @@ def load_data(name: str | None, source: Source, samples: int, held_out: bool = F
         if not source.reads_text:
             return None
         return source.batches(held_out_text(samples) if held_out else calibration_text(samples))
-    if _FACTORY.fullmatch(name) and not Path(name).exists():
-        return _limited(_called(name), samples, name)
+    if FACTORY.fullmatch(name) and not Path(name).exists():
+        return _limited(call_factory(name), samples, name)
     paths = [Path(part) for part in name.split(",")]
     for path in paths:
         if path.suffix != ".npz":  # a zip like some pickles; NumPy is told to read arrays only
@@ -151,26 +149,6 @@ def _from_hub(name: str) -> Path:
         raise ArtifactError(
             f"there is no directory {name}, and the hub did not give a model of that name: {reason}"
         ) from error
-
-
-def _called(name: str) -> Any:
-    """What `module:function` returns; modules of the current directory are found, too."""
-    module_name, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        try:
-            function = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ArtifactError(f"cannot find {name}: {error}") from error
-        try:
-            return function()
-        except PennyweightError:
-            raise
-        except Exception as error:  # the user's code may raise anything
-            raise ArtifactError(f"{name} raised {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(here)
 
 
 def _limited(data: Any, samples: int, name: str) -> list[Any]:
