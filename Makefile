@@ -5,7 +5,7 @@
 #   make experiments   the measured pages of docs/results (hours; read the public data of PENNYWEIGHT_DATA)
 #   make bench         the benchmark tables (the same)
 #   make sanitize      the kernels' tests under the address and undefined-behaviour sanitizers
-#   make emulate       the kernels' tests with AVX-512 emulated
+#   make emulate       the kernels' tests with AVX-512 and AMX emulated
 
 PYTHON ?= python3
 VENV := .venv
@@ -40,6 +40,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/peers.py --with-pennyweight
 	$(BIN)/python benchmarks/kernels.py --page
 	$(BIN)/python benchmarks/kernels_binary.py --page
+	$(BIN)/python benchmarks/kernels_sparse.py --page
 	$(BIN)/python benchmarks/picture.py
 
 # The kernels of every x86 instruction set, run by emulation on whatever processor there is (needs Debian's libsimde-dev).

@@ -15,7 +15,7 @@ from pennyweight.compress import layer_times
 from pennyweight.compress.data import Call, resized
 from pennyweight.compress.layer_times import find_layers, original_twin, time_layer
 from pennyweight.errors import DataError, PennyweightWarning, WeightError
-from pennyweight.formats import Binary, Codebook, Integer, LowRank, Sparse, Split
+from pennyweight.formats import Binary, Codebook, Integer, LowRank, Partial, SignedLowRank, Sparse, Split, Stacked
 from pennyweight.layers.forms import ORIGINAL, SPLIT, Form, division, form_of, interpolate, samples
 from pennyweight.layers.packed import install
 from pennyweight.timing_cache import TimingCache, cache_directory, machine
@@ -78,7 +78,7 @@ def test_every_sample_runs_as_its_form_says_and_all_families_are_there():
     assert isinstance(made[SPLIT], Split)
     families = {form.family for form in made}
     assert families == {
-        *("dense16", "decoded", "binary", "codebook", "lowrank", "sparse", "split"),
+        *("dense16", "decoded", "binary", "codebook", "lowrank", "sparse", "partial", "stacked", "split"),
         *(f"int{bits}" for bits in (1, 2, 3, 4, 8)),
     }
     assert {form.at for form in made if form.family == "int3"} == {1, 3}  # a scale a row, and one for 64 columns
@@ -98,6 +98,12 @@ def test_forms_follow_what_the_kernels_take():
     table = Codebook.from_codes(torch.zeros(16, 32, dtype=torch.int64), torch.zeros(2, 4), cols=128)
     assert form_of(table) == Form("codebook", 0.25)
     assert form_of(Sparse.encode(weight, weight > 1e9)) == Form("sparse", 0)
+    assert form_of(Partial.encode(weight, weight.abs() > 1e9)) == Form("partial", 0)
+    assert form_of(Stacked.encode(weight, 3)) == Form("stacked", 3)
+    signed = SignedLowRank.encode(weight, 4)
+    assert form_of(signed) == Form("stacked", 4)
+    assert form_of(Stacked.from_parts([signed, Binary.encode(weight)])) == Form("stacked", 5)
+    assert form_of(Stacked.from_parts([signed, Integer.encode(weight, 4)])) == Form("decoded")
     low = LowRank.from_factors(Integer.encode(weight[:, :3], 4), Integer.encode(weight[:3], 4))
     assert form_of(low) == Form("lowrank", 3)
 

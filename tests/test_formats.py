@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,8 +22,11 @@ from pennyweight.formats import (
     Integer,
     LowRank,
     PackedWeight,
+    Partial,
+    SignedLowRank,
     Sparse,
     Split,
+    Stacked,
     from_bytes,
 )
 from pennyweight.formats.base import Reader, Writer
@@ -30,7 +34,8 @@ from pennyweight.formats.bits import gather, pack, packed_size, unpack
 from pennyweight.formats.entropy import RANGE, RAW, read_symbols, write_symbols
 from pennyweight.formats.scales import round_values
 
-KINDS = ("dense16", "int", "int-asymmetric", "int-all", "centroids", "binary", "sparse", "codebook", "lowrank", "split")
+KINDS = ("dense16", "int", "int-asymmetric", "int-all", "centroids", "binary", "sparse", "codebook", "lowrank", "split",
+         "partial", "stacked", "signed-lowrank")  # fmt: skip
 
 
 def make(kind: str, rows: int, cols: int, seed: int) -> PackedWeight:
@@ -76,6 +81,18 @@ def make(kind: str, rows: int, cols: int, seed: int) -> PackedWeight:
     if kind == "lowrank":
         rank = pick(0, 1, 3)
         return LowRank.from_factors(make("int", rows, rank, seed + 1), make("dense16", rank, cols, seed + 2))
+    if kind == "partial":
+        salient = weight.abs() > weight.abs().mean() * pick(0, 1.5, 99)
+        if pick(True, False):
+            return Partial.encode(weight, salient, group, pick(16, 2, 8))
+        return Partial.from_parts(make(pick("int", "lowrank"), rows, cols, seed + 1), Sparse.encode(weight, salient))
+    if kind == "signed-lowrank":
+        rank = pick(0, 1, 2, 5)
+        left, right = torch.randn(rows, rank, generator=g), torch.randn(rank, cols, generator=g)
+        return SignedLowRank.from_factors(weight, left, right * 10.0 ** pick(-6, 0, 3))
+    if kind == "stacked":
+        inner = pick("binary", "signed-lowrank", "int-asymmetric", "partial")
+        return Stacked.from_parts([make(inner, rows, cols, seed + 1 + i) for i in range(pick(1, 2, 4))])
     take = torch.rand(rows, generator=g) < 0.4
     second = int(take.sum())
     inner = pick("lowrank", "sparse", "int-asymmetric")
@@ -98,8 +115,9 @@ def test_contract(kind: str, rows: int, cols: int, seed: int) -> None:
         assert torch.equal(other.decode(), matrix)
         assert other.to_bytes() == blob
 
-    # A product may be summed in another order when fewer rows take part.
-    slack = 1e-5 * max(1.0, float(matrix.abs().max())) if kind in ("lowrank", "split") and matrix.numel() else 0.0
+    # A product may be summed in another order when fewer rows take part; running, salient weights come as a difference.
+    inexact = kind in ("lowrank", "split", "partial", "stacked", "signed-lowrank") and matrix.numel()
+    slack = 1e-5 * max(1.0, float(matrix.abs().max())) if inexact else 0.0
     if rows:
         index = torch.tensor([[0, rows - 1], [rows // 2, 0]])
         torch.testing.assert_close(packed.rows(index), matrix[index], rtol=0, atol=slack)
@@ -326,6 +344,106 @@ def test_lowrank_multiplies_through_its_factors() -> None:
     assert packed.linear(torch.ones(4)).tolist() == (left @ right).sum(1).tolist()
 
 
+def test_signed_lowrank_leaves_the_other_singular_values_of_the_magnitudes() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 40)
+    values = torch.linalg.svdvals(weight.abs().double())
+    for rank in (0, 1, 5, 24, 99):
+        packed = SignedLowRank.encode(weight, rank)
+        assert packed.rank == min(rank, 24)
+        error = (packed.decode() - weight).double().square().sum()
+        torch.testing.assert_close(error, values[rank:].square().sum(), rtol=2e-3, atol=1e-3)
+    scales = SignedLowRank.encode(weight, 1)  # of rows and columns
+    assert bool((scales.left.all() >= 0).all() and (scales.right.all() >= 0).all())
+    example = SignedLowRank.encode(torch.tensor([[3.0, -1.0], [1.0, 2.0]]), 1)  # worked by hand
+    golden = torch.tensor([[2.618, -1.618], [1.618, 1.0]])
+    torch.testing.assert_close(example.decode(), golden, rtol=2e-3, atol=0)
+    one = torch.tensor([[1.0, -2.0], [-3.0, 6.0]])  # whose magnitudes have rank 1
+    torch.testing.assert_close(SignedLowRank.encode(one, 1).decode(), one, rtol=2e-3, atol=0)
+    assert SignedLowRank.encode(torch.zeros(3, 9), 1).decode().abs().max() == 0
+
+
+def test_stacked_adds_up_and_its_first_stages_are_a_weight() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(32, 48)
+    for encode in (lambda rest: Binary.encode(rest, 16), lambda rest: SignedLowRank.encode(rest, 2)):
+        whole = Stacked.encode(weight, 5, encode)
+        assert isinstance(whole.parts[0], PackedWeight) and len(whole.parts) == 5
+        left = weight
+        for count in range(1, 6):
+            some = whole.stages(count)
+            left = left - whole.parts[count - 1].decode()
+            torch.testing.assert_close(weight - some.decode(), left, rtol=0, atol=1e-5)
+            assert some.to_bytes() == Stacked.encode(weight, count, encode).to_bytes()
+        errors = [float((weight - whole.stages(n).decode()).square().sum()) for n in range(1, 6)]
+        assert all(later < 0.75 * earlier for earlier, later in pairwise(errors))
+    assert torch.equal(Stacked.encode(weight, 1).decode(), Binary.encode(weight).decode())
+
+
+def test_partial_keeps_the_salient_and_scales_by_the_rest() -> None:
+    weight = torch.tensor([[0.5, -1.0, 0.1, -0.2]])  # the example of PB-LLM's card
+    none, one = torch.zeros(1, 4).bool(), torch.tensor([[False, True, False, False]])
+    assert torch.equal(Partial.encode(weight, none, 0).decode(), Binary.encode(weight, 0).decode())
+    kept = Partial.encode(weight, one, 0, 16).decode()
+    assert float(kept[0, 1]) == -1.0
+    assert float((kept - weight).square().sum()) == pytest.approx(0.08667, rel=1e-3)
+    torch.manual_seed(0)
+    weight = torch.randn(16, 100)
+    salient = weight.abs() > 1.5
+    packed = Partial.encode(weight, salient, 32, 8)
+    assert torch.equal(packed.decode()[salient], Sparse.encode(weight, salient, 8).decode()[salient])
+    assert bool((packed.decode()[~salient].sign() == weight[~salient].sign()).all())
+    every = torch.ones(16, 100).bool()
+    assert torch.equal(Partial.encode(weight, every, 32, 16).decode(), weight.half().float())
+
+
+def test_partial_costs_a_sign_a_mask_and_the_values() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(256, 512)
+    salient = torch.rand(256, 512) < 0.1
+    mask = -(0.1 * math.log2(0.1) + 0.9 * math.log2(0.9))
+    bits = 8 * Partial.encode(weight, salient, 0, 8).nbytes / weight.numel()
+    assert bits < 1 + 1.02 * mask + 8 * float(salient.float().mean()) + 2 * 16 / 512 + 0.01
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["binary", "signed-lowrank"]),
+    st.tuples(st.integers(1, 150), st.integers(1, 200)),
+    st.integers(0, 20),
+    st.integers(0, 10**6),
+)
+def test_running_stacks_and_parts_never_decode_what_kernels_multiply(kind, shape, inputs, seed) -> None:
+    parts = [make(kind, *shape, seed + i) for i in range(2)]
+    packed = Stacked.from_parts(parts)
+    matrix, x = packed.decode().double(), torch.randn(inputs, shape[1], generator=torch.Generator().manual_seed(seed))
+    y = packed.for_running(16).linear(x)
+    scale = sum(x.double().abs() @ part.decode().double().abs().T for part in parts)
+    assert bool(((y.double() - x.double() @ matrix.T).abs() <= 2e-4 * scale + 1e-30).all())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "partial", "stacked", "signed-lowrank"])
+def test_running_forms_compile_and_have_gradients(kind) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 40)
+    packed: PackedWeight = {
+        "sparse": lambda: Sparse.encode(weight, weight.abs() > 1),
+        "partial": lambda: Partial.encode(weight, weight.abs() > 1, 8),
+        "stacked": lambda: Stacked.encode(weight, 3, lambda rest: Binary.encode(rest, 8)),
+        "signed-lowrank": lambda: SignedLowRank.encode(weight, 3),
+    }[kind]()
+    running = packed.for_running()
+    bias = torch.randn(24)
+    for inputs in (3, 50):  # few, and too many for the signs of low rank
+        x = torch.randn(inputs, 40, requires_grad=True)
+        y = running.linear(x, bias)
+        y.sum().backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, packed.decode().sum(0).expand(inputs, 40), rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(lambda x: running.linear(x, bias), fullgraph=True, backend="aot_eager", dynamic=False)
+        torch.testing.assert_close(compiled(x.detach()), y.detach(), rtol=1e-4, atol=1e-3)
+
+
 def test_split_puts_rows_back_in_order() -> None:
     weight = torch.arange(12.0).view(6, 2)
     take = torch.tensor([True, False, False, True, False, True])
@@ -374,6 +492,21 @@ ONES = torch.ones(2, 4)
         lambda: Codebook.from_codes(ONES.int(), torch.ones(2, 2), cols=9),
         lambda: Codebook.from_codes(ONES.int(), torch.ones(2, 9), cols=36),
         lambda: LowRank.from_factors(Dense16.encode(ONES), Dense16.encode(ONES)),
+        lambda: Partial.encode(ONES, torch.ones(2, 3).bool()),
+        lambda: Partial.encode(ONES, ONES.bool(), 0, 9),
+        lambda: Partial.encode(ONES * math.nan, ONES.bool()),
+        lambda: Partial.from_parts(Dense16.encode(ONES), Sparse.encode(torch.ones(2, 3), torch.ones(2, 3))),
+        lambda: SignedLowRank.encode(ONES, -1),
+        lambda: SignedLowRank.encode(ONES * math.nan),
+        lambda: SignedLowRank.from_factors(ONES, torch.ones(3, 1), torch.ones(1, 4)),
+        lambda: SignedLowRank.from_factors(ONES, torch.ones(2, 1), torch.ones(2, 4)),
+        lambda: SignedLowRank.from_factors(ONES, torch.ones(2, 1) * math.inf, torch.ones(1, 4)),
+        lambda: Stacked.from_parts([]),
+        lambda: Stacked.from_parts([Dense16.encode(ONES), Dense16.encode(ONES[:1])]),
+        lambda: Stacked.encode(ONES, 0),
+        lambda: Stacked.encode(ONES * math.nan, 1),
+        lambda: Stacked.encode(ONES, 3).stages(0),
+        lambda: Stacked.encode(ONES, 3).stages(4),
         lambda: Split.from_parts(torch.tensor([True, False]), Dense16.encode(ONES), Dense16.encode(ONES)),
     ],
 )
@@ -412,7 +545,7 @@ def test_damaged_blobs_decode_or_are_refused(kind: str, seed: int, damage: list[
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.binary(max_size=60), st.integers(1, 7))
+@given(st.binary(max_size=60), st.integers(1, 10))
 def test_noise_is_refused_or_decodes(noise: bytes, number: int) -> None:
     with contextlib.suppress(ArtifactError):
         from_bytes(bytes([number]) + noise)

@@ -77,7 +77,7 @@ def make(seed, rows, cols, bits, group, symmetric, kind):
 
 @compiled
 @settings(max_examples=60, deadline=None)
-@given(weights, st.sampled_from([1, 2, 4, 5, 7, 20]), st.sampled_from([8, 16]))
+@given(weights, st.sampled_from([1, 2, 4, 5, 7, 20, 35]), st.sampled_from([8, 16]))
 def test_linear_is_the_product(case, n, activation_bits):
     packed = make(*case)
     made = packed.for_running()
@@ -104,16 +104,17 @@ def test_linear_is_the_product(case, n, activation_bits):
 
 @compiled
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_one_input_at_a_time_equals_all_at_once(bits):
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_one_input_at_a_time_equals_all_at_once(bits, activation_bits):
     """Look-up, bytes in place and panels are three routes to the same bits."""
     matrix = running(Integer.encode(torch.randn(130, 515), bits, 64))
     x = torch.randn(400, 515)
     for name in SETS:
         _cpu.use(name)
-        together = matrix.linear(x)
-        assert torch.equal(together, torch.cat([matrix.linear(row[None]) for row in x]))
-        assert torch.equal(together, torch.cat([matrix.linear(rows) for rows in x.split(4)]))
-        assert torch.equal(together, torch.cat([matrix.linear(rows) for rows in x.split(193)]))
+        together = matrix.linear(x, None, activation_bits)
+        for size in (1, 4, 193):
+            parts = [matrix.linear(rows, None, activation_bits) for rows in x.split(size)]
+            assert torch.equal(together, torch.cat(parts)), (name, size)
 
 
 @compiled
@@ -127,6 +128,35 @@ def test_extreme_sums_do_not_overflow():
             for n in (1, 9):
                 y = matrix.linear(torch.full((n, cols), sign))
                 torch.testing.assert_close(y, torch.full((n, 3), sign * cols * ((1 << bits) - 1)), rtol=1e-3, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("group", [8, 24, 64, 136, 264, 0])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_products_of_many_rows_are_exact_at_the_ends(bits, group, factor):
+    """Codes and inputs at their ends, which is where sums of 16 bits would saturate, against whole numbers."""
+    rows, cols, generator = 70, 301, torch.Generator().manual_seed(bits)
+    low, high = (-128, 127) if bits == 8 else (0, (1 << bits) - 1)
+    zero = high if factor == 2 else 0
+    codes = torch.where(torch.rand(rows, cols, generator=generator) < 0.5, low, high)
+    codes[0], codes[1], codes[2, ::2], codes[2, 1::2] = high, low, high, low
+    width = group if 0 < group < cols else 304
+    matrix = IntegerMatrix.of(codes, torch.ones(rows, -(-cols // width)), group, factor=factor, zero=zero)
+    assert matrix is not None and matrix.bits == bits
+    for activation_bits in (8, 16):
+        most = 127 if activation_bits == 8 else int(min(32639, 2147483647 // matrix.limit))
+        x = torch.where(torch.rand(37, cols, generator=generator) < 0.5, -most, most)
+        x[0], x[1], x[2, ::2], x[2, 1::2] = most, -most, most, -most
+        x[20:, 1:] = torch.randint(-most, most + 1, (17, cols - 1), generator=generator)
+        expected = torch.zeros(37, rows)
+        for k in range(0, cols, width):  # inputs are whole numbers of which the largest is kept: steps are 1
+            weight = factor * codes[:, k : k + width] - zero
+            expected += (x[:, k : k + width].double() @ weight.double().T).to(torch.float32)
+        for name, n in itertools.product(SETS, (5, 16, 17, 37)):
+            _cpu.use(name)
+            y = matrix.linear(x[:n].to(torch.float32), None, activation_bits)
+            assert torch.equal(y, expected[:n]), (name, n, activation_bits)
 
 
 @compiled
@@ -224,7 +254,7 @@ def test_operator_passes_torch_checks():
         x = torch.randn(3, 40, requires_grad=True)
         operator = torch.ops.pennyweight.integer_linear.default
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(operator, (x, *matrix._arguments(), 16), test_utils=checks)
+        torch.library.opcheck(operator, (x, *matrix.arguments(), 16), test_utils=checks)
 
 
 @compiled
@@ -313,10 +343,10 @@ def test_fuzzed_weights_end_in_an_error_or_a_result(data):
         )  # fmt: skip
     except ValueError:
         return
-    n = small(0, 9)
+    n = small(0, 40)
     y = np.zeros((n, rows), np.float32)
     x = rng.standard_normal((n, cols)).astype(np.float32)
-    weight.linear(x.ctypes.data, n, 0, y.ctypes.data, 16, 2)
+    weight.linear(x.ctypes.data, n, 0, y.ctypes.data, data.draw(st.sampled_from([8, 16])), 2)
     weight.decode(0, rows, np.zeros((rows, cols), np.float32), 2)
     assert np.isfinite(y).all()
 

@@ -21,15 +21,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pennyweight.errors import DataError, MissingExtraError, WeightError
-from pennyweight.formats import Binary, Dense16, Integer
+from pennyweight.formats import Binary, Dense16, Integer, Sparse
+from pennyweight.formats.running import RunningIntegers
 from pennyweight.kernels.gpu import (
     GpuIntegers,
     launch,
     pack_signs,
     pack_signs_reference,
+    twins,
     xnor_product,
     xnor_product_reference,
 )
+from pennyweight.kernels.integer import IntegerMatrix
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -381,3 +384,78 @@ def test_kernels_of_signs_compile_for_a_gpu(hardware):
     pack[(1,)](torch.zeros(3, 40), words, 3, 40, 40, 2, BM=16, BW=8, **launch.OPTIONS)
     product[(1,)](words, words, out, 3, 3, 40, 2, BM=64, BN=64, HARDWARE=hardware, **launch.OPTIONS)
     assert ("popc.b32" in product.compiled[0].asm["ptx"]) == hardware
+
+
+def running(kind: str, rows: int, cols: int, bits: int, group: int, seed: int) -> RunningIntegers:
+    weight = packed_weight(kind, rows, cols, bits, group, seed).for_running()
+    assert isinstance(weight, RunningIntegers)
+    return weight
+
+
+@once
+@pytest.mark.parametrize("kind", ["binary", "symmetric", "asymmetric", "all", "columns"])
+@pytest.mark.parametrize("group", [0, 8, 64])
+def test_a_running_weight_has_a_twin_of_the_same_values(kind, group):
+    for bits in range(1, 9):
+        weight = running(kind, 70, 150, bits, group, bits)
+        twin = GpuIntegers.from_matrix(weight.matrix)
+        assert twin is not None and twin.bits <= bits
+        assert torch.equal(twin.decode(), weight.decode())
+    assert torch.finfo(twin.scale.dtype).bits == (32 if kind == "columns" else 16)  # log8 is not exact in float16
+
+
+@once
+def test_a_twin_keeps_scales_beyond_float16_and_refuses_what_it_cannot_hold():
+    weight = packed_weight("asymmetric", 5, 64, 4, 8, 0, 1e-7).for_running()
+    twin = GpuIntegers.from_matrix(weight.matrix)  # type: ignore[union-attr]
+    assert twin is not None and twin.scale.dtype == torch.float16
+    assert torch.equal(twin.decode(), weight.decode())
+    codes = torch.zeros(8, 128, dtype=torch.int64)
+    codes[0, 0] = 1000  # more than a byte holds
+    escaping = Integer.from_codes(codes, torch.ones(8, 1), bits=11, group=0).for_running()
+    assert GpuIntegers.from_matrix(escaping.matrix) is None  # type: ignore[union-attr]
+    offset = torch.randint(300, 310, (8, 128))
+    both = IntegerMatrix.of(offset, torch.ones(8, 1), 0, minimum=torch.ones(8, 1), column_scale=torch.ones(128))
+    assert both is not None and GpuIntegers.from_matrix(both) is None
+    one = IntegerMatrix.of(offset, torch.ones(8, 1), 0, minimum=torch.ones(8, 1))
+    assert one is not None
+    twin = GpuIntegers.from_matrix(one)
+    assert twin is not None and torch.equal(twin.decode(), offset + 1.0)
+
+
+@runs
+@pytest.mark.parametrize("kind", ["binary", "asymmetric", "all"])
+@pytest.mark.parametrize("x_rows", [2, 12])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_running_weights_multiply_by_their_twin(kind, x_rows, dtype, monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(twins, "takes", lambda x: x.dtype in DTYPES)
+    weight = running(kind, 9, 72, 3, 8, 0)
+    x = torch.randn(x_rows, 72, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    bias = torch.randn(9, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    twin = twins.twin(weight.matrix, x.device)
+    assert twin is not None and twin is twins.twin(weight.matrix, x.device)
+    y = weight.linear(x, bias)
+    assert torch.equal(y, twin.linear(x, bias))
+    check_product(twin, weight.decode(), x.cpu(), bias.cpu())
+    with_gradient = x.clone().requires_grad_()
+    product = weight.linear(with_gradient)
+    assert torch.equal(product.detach(), weight.linear(x))
+    product.float().sum().backward()
+    assert with_gradient.grad is not None and with_gradient.grad.dtype == dtype
+    expected = weight.decode().sum(0).expand(x_rows, 72)
+    assert torch.allclose(with_gradient.grad.float().cpu(), expected, rtol=2e-2, atol=2e-2)
+
+
+@once
+def test_gpu_kernels_take_only_what_lies_on_a_gpu():
+    assert not twins.takes(torch.ones(1))
+    assert not twins.takes(torch.ones(1, device="meta"))
+
+
+@once
+def test_other_devices_decode():
+    weight = running("all", 9, 72, 3, 8, 0)
+    assert weight.linear(torch.empty(3, 72, device="meta", dtype=torch.float64)).shape == (3, 9)
+    sparse = Sparse.encode(torch.ones(9, 72), torch.eye(9, 72).bool()).for_running()
+    assert sparse.linear(torch.empty(3, 72, device="meta")).device.type == "meta"

@@ -14,7 +14,18 @@ import pennyweight as pw
 from pennyweight.compress.plan import Choice, LayerInfo, Plan
 from pennyweight.compress.shrink import Record
 from pennyweight.errors import ArtifactError, WeightError
-from pennyweight.formats import Binary, Codebook, Dense16, Integer, LowRank, Sparse, Split
+from pennyweight.formats import (
+    Binary,
+    Codebook,
+    Dense16,
+    Integer,
+    LowRank,
+    Partial,
+    SignedLowRank,
+    Sparse,
+    Split,
+    Stacked,
+)
 from pennyweight.layers.packed import install
 from pennyweight.layers.sites import weight_sites
 from pennyweight.report import Histogram, LayerRow, Report, report, report_artifact
@@ -112,6 +123,9 @@ def test_multiplications_follow_the_format():
     for packed, expected in (
         (low_rank, {"16-bit x 32-bit": 2 * (8 + 12)}),
         (Sparse.encode(weight(), mask), {"sparse x 32-bit": int(mask.sum())}),
+        (Partial.encode(weight(), mask), {"1-bit x 32-bit": 8 * 12, "sparse x 32-bit": int(mask.sum())}),
+        (Stacked.encode(weight(), 3), {"1-bit x 32-bit": 3 * 8 * 12}),
+        (SignedLowRank.encode(weight(), 2), {"1-bit x 32-bit": 2 * 8 * 12, "16-bit x 32-bit": 2 * (8 + 12)}),
     ):
         model = install(nn.Linear(12, 8), {"weight": packed})
         assert report(model, inputs=torch.zeros(1, 12)).macs == expected
@@ -127,6 +141,10 @@ def test_storage_in_words():
     assert storage(split) == "signs; 25 % of rows dense float16"
     assert storage(Codebook.from_codes(codes, torch.zeros(5, 3), cols=12)) == "codebook of 5 blocks of 3"
     assert storage(Sparse.encode(weight(), torch.arange(96).view(8, 12) < 24)) == "sparse, 25 % kept"
+    signed = SignedLowRank.encode(weight(), 2)
+    assert storage(signed) == "signs, magnitudes of rank 2"
+    assert storage(Stacked.from_parts([signed, signed])) == "2 stages (signs, magnitudes of rank 2)"
+    assert storage(Partial.encode(weight(), torch.arange(96).view(8, 12) < 24, 0)) == "signs; 25 % of weights salient"
     coded = Integer.from_codes(torch.zeros(64, 64, dtype=torch.int64), torch.ones(64, 1), bits=8, group=0)
     assert storage(coded) == "8-bit codes, range-coded"
 

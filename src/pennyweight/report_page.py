@@ -17,6 +17,9 @@ KINDS = {
     "codebook": "codebook",
     "sparse": "sparse",
     "lowrank": "low rank",
+    "partial": "signs and salient weights",
+    "stacked": "stages",
+    "signed-lowrank": "signs of low rank",
     "dense16": "16-bit floats",
 }
 #: Layers drawn one by one; the rest share a line.

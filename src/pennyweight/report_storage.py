@@ -12,7 +12,19 @@ from torch import nn
 from .compress.data import calls
 from .compress.observe import evaluating
 from .cost import vectors_multiplied
-from .formats import Binary, Codebook, Dense16, Integer, LowRank, PackedWeight, Sparse, Split
+from .formats import (
+    Binary,
+    Codebook,
+    Dense16,
+    Integer,
+    LowRank,
+    PackedWeight,
+    Partial,
+    SignedLowRank,
+    Sparse,
+    Split,
+    Stacked,
+)
 from .layers.packed import packed_blobs
 
 
@@ -34,6 +46,12 @@ def storage(packed: PackedWeight) -> str:
     if isinstance(packed, Codebook):
         entries, width = packed.codebook.halves.shape
         return f"codebook of {entries} blocks of {width}"
+    if isinstance(packed, SignedLowRank):
+        return f"signs, magnitudes of rank {packed.rank}"
+    if isinstance(packed, Partial):
+        return f"{storage(packed.rest)}; {100 * _kept(packed.salient) / (rows * cols):.3g} % of weights salient"
+    if isinstance(packed, Stacked):
+        return f"{len(packed.parts)} stages ({storage(packed.parts[0])})"
     if isinstance(packed, Split):
         share = 100 * packed.second.shape[0] / rows
         return f"{storage(packed.first)}; {share:.3g} % of rows {storage(packed.second)}"
@@ -70,6 +88,12 @@ def _weight_macs(packed: PackedWeight) -> Counter[str]:
         return _weight_macs(packed.first) + _weight_macs(packed.second)
     if isinstance(packed, LowRank):
         return _weight_macs(packed.left) + _weight_macs(packed.right)
+    if isinstance(packed, Stacked):
+        return sum(map(_weight_macs, packed.parts), Counter())
+    if isinstance(packed, Partial):
+        return _weight_macs(packed.rest) + _weight_macs(packed.salient)
+    if isinstance(packed, SignedLowRank):
+        return Counter({"1-bit": packed.rank * rows * cols, "16-bit": packed.rank * (rows + cols)})
     if isinstance(packed, Sparse):
         return Counter({"sparse": _kept(packed)})
     if isinstance(packed, Codebook):

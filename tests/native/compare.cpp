@@ -10,6 +10,7 @@
 #include "binary.h"
 #include "integer.h"
 #include "isa.h"
+#include "sparse.h"
 
 using namespace pennyweight;
 
@@ -118,10 +119,48 @@ bool signs_agree() {
     return true;
 }
 
+bool sparse_agree() {
+    for (int trial = 0; trial < 60; ++trial) {
+        Sparse w{};
+        w.rows = from(1, 150), w.cols = from(1, 300);
+        std::vector<std::int64_t> start{0};
+        std::vector<std::int32_t> order(w.rows);
+        for (std::size_t r = 0; r < w.rows; ++r) order[r] = static_cast<std::int32_t>(w.rows - 1 - r);
+        for (std::size_t b = 0; b < w.blocks(); ++b) start.push_back(start.back() + static_cast<std::int64_t>(from(0, 80)));
+        const std::size_t count = static_cast<std::size_t>(start.back()) * sparse_lanes, n = from(1, 90);
+        std::vector<std::uint16_t> column(count), halves(count);
+        std::vector<std::int8_t> bytes(count);
+        for (std::size_t i = 0; i < count; ++i) {
+            column[i] = static_cast<std::uint16_t>(from(0, w.cols));
+            halves[i] = static_cast<std::uint16_t>(from(0, 0x7bff) | from(0, 1) << 15);
+            bytes[i] = static_cast<std::int8_t>(static_cast<int>(from(0, 255)) - 128);
+        }
+        const auto floats = normal(count), scale = normal(w.rows), bias = normal(w.rows), x = normal(n * w.cols);
+        w.column = column.data(), w.start = start.data(), w.order = order.data();
+        if (trial % 3 == 0) w.floats = floats.data();
+        if (trial % 3 == 1) w.halves = halves.data();
+        if (trial % 3 == 2) w.bytes = bytes.data(), w.scale = scale.data();
+        std::vector<float> first;
+        for (const Isa isa : available())
+            for (const unsigned threads : {1u, 3u}) {
+                use(isa);
+                std::vector<float> y(n * w.rows), one(w.rows);
+                sparse_linear(w, x.data(), n, bias.data(), y.data(), threads);
+                sparse_linear(w, x.data(), 1, bias.data(), one.data(), threads);
+                if (first.empty()) first = y;
+                if (std::memcmp(y.data(), first.data(), y.size() * 4) || std::memcmp(one.data(), first.data(), one.size() * 4)) {
+                    std::printf("sparse weights differ: %s, trial %d, %u threads\n", name(isa), trial, threads);
+                    return false;
+                }
+            }
+    }
+    return true;
+}
+
 }  // namespace
 
 int main() {
     for (const Isa isa : available()) std::printf("%s ", name(isa));
     std::printf("\n");
-    return integers_agree() && signs_agree() ? 0 : 1;
+    return integers_agree() && signs_agree() && sparse_agree() ? 0 : 1;
 }

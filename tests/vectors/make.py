@@ -13,7 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pennyweight.formats import Binary, Codebook, Dense16, Integer, LowRank, PackedWeight, Sparse, Split
+from pennyweight.formats import (
+    Binary,
+    Codebook,
+    Dense16,
+    Integer,
+    LowRank,
+    PackedWeight,
+    Partial,
+    SignedLowRank,
+    Sparse,
+    Split,
+    Stacked,
+)
 
 HERE = Path(__file__).parent
 
@@ -122,6 +134,24 @@ def vectors() -> dict[str, PackedWeight]:
             if bool(spots[:, 1].all())
             else Sparse.encode(weight[spots[:, 1]], spots[spots[:, 1]]),
         ),
+    }
+    # Factors of whole numbers, whose products are exact in whatever order they are added up.
+    signed = SignedLowRank.from_factors(spots, left, right)
+    out |= {
+        "signed-lowrank": signed,
+        "signed-lowrank-1": SignedLowRank.from_factors(spots, row_scale, columns[None]),
+        "signed-lowrank-0": SignedLowRank.from_factors(spots, left[:, :0], right[:0]),
+        "signed-lowrank-range": SignedLowRank.from_factors(regular, torch.ones(24, 1), torch.ones(1, 30)),
+        "partial": Partial.from_parts(Binary.from_signs(spots, scale, 4), Sparse.encode(weight, ramp(5, 7, 6) > 3)),
+        "partial-4bit": Partial.encode(weight, weight.abs() > 1, 4, 4),
+        "partial-none": Partial.encode(weight, torch.zeros(5, 7).bool(), 0),
+        "partial-int-rest": Partial.from_parts(
+            Integer.from_codes(spots.int(), row_scale, -row_scale / 2, bits=1, group=0), Sparse.encode(weight, spots, 8)
+        ),
+        "stacked-1": Stacked.encode(weight, 1),
+        "stacked-binary": Stacked.encode(weight, 3, lambda rest: Binary.encode(rest, 4)),
+        "stacked-signed": Stacked.from_parts([signed, SignedLowRank.from_factors(~spots, row_scale, columns[None])]),
+        "stacked-nested": Stacked.from_parts([Dense16.encode(weight), Stacked.from_parts([signed, signed])]),
     }
     return out
 

@@ -120,6 +120,10 @@ def _title(form: Form, ranks: list[float]) -> str:
         return f"codebook of {1 / form.at:g}s"
     if form.family == "sparse":
         return f"sparse, {'half' if form.at > 0.3 else 'a tenth'}"
+    if form.family == "partial":
+        return f"partial, a {'twentieth' if form.at < 0.1 else 'fifth'}"
+    if form.family == "stacked":
+        return f"stacked, {form.at:g} signs"
     return {ORIGINAL: "float32 (as it is)", SPLIT: "split, 3 and 4 bit", Form("decoded"): "int, 12 bit"}.get(
         form, form.family
     )

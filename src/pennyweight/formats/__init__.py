@@ -8,8 +8,11 @@ from .codebook import Codebook
 from .dense16 import Dense16
 from .integer import Integer
 from .lowrank import LowRank
+from .partial import Partial
+from .signed_lowrank import SignedLowRank
 from .sparse import Sparse
 from .split import Split
+from .stacked import Stacked
 
 __all__ = [
     "Binary",
@@ -18,8 +21,11 @@ __all__ = [
     "Integer",
     "LowRank",
     "PackedWeight",
+    "Partial",
+    "SignedLowRank",
     "Sparse",
     "Split",
+    "Stacked",
     "from_bytes",
 ]
 

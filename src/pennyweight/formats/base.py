@@ -19,7 +19,7 @@ from ..errors import ArtifactError, WeightError
 from ..kernels.integer import ActivationBits
 
 MAX_SIDE = (1 << 31) - 1  # rows and columns: what a 32-bit index reaches
-MAX_DEPTH = 8  # nested blobs (lowrank, split)
+MAX_DEPTH = 8  # nested blobs (lowrank, split, partial, stacked)
 
 
 class Writer:
@@ -113,7 +113,7 @@ class PackedWeight(ABC):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., cols] -> [..., rows]."""
-        return F.linear(x, self.decode().to(x.dtype), bias)
+        return F.linear(x, self.decode().to(x.device, x.dtype), bias)
 
     def to_bytes(self) -> bytes:
         """The blob, exactly as stored on disk; encoded once and kept. Same matrix, same bytes."""

@@ -75,8 +75,12 @@ def unpack_rows(packed: Tensor, bits: int, n: int, index: Tensor) -> Tensor:
         return unpack(packed[index], bits, n)
     out = torch.empty(index.numel(), n, dtype=code_dtype(bits))
     if out.numel():
-        rows = torch.where(index < 0, index + packed.shape[0], index).flatten()  # torch counts from the end, too
-        _cpu.unpack_rows(packed.contiguous().numpy(), bits, n, rows.numpy(), out.numpy(), torch.get_num_threads())
+        source, threads = packed.contiguous().numpy(), torch.get_num_threads()
+        try:
+            _cpu.unpack_rows(source, bits, n, index.flatten().numpy(), out.numpy(), threads)
+        except IndexError:  # torch counts from the end, too
+            rows = torch.where(index < 0, index + packed.shape[0], index).flatten()
+            _cpu.unpack_rows(source, bits, n, rows.numpy(), out.numpy(), threads)
     return out.view(*index.shape, n)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import WeightError
@@ -17,6 +18,8 @@ from .base import PackedWeight, Reader, Writer, check_matrix, check_options, for
 from .scales import read_halves, write_halves
 
 BFLOAT16 = 1  # option bit
+_LARGE = 1 << 20  # weights, beyond which `linear` widens so many of them, or so many rows, at once:
+_CHUNK, _LEAST_ROWS = 1 << 18, 64
 
 
 @format_id(1)
@@ -45,6 +48,14 @@ class Dense16(PackedWeight):
 
     def rows(self, index: Tensor) -> Tensor:
         return self.halves[index].to(torch.float32)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Large weights are widened some rows at a time, while they lie in the cache, and never held in float32."""
+        if self.halves.numel() <= _LARGE or x.dtype == self.halves.dtype:
+            return F.linear(x, self.halves.to(x.dtype), bias)
+        at_once = max(_CHUNK // self.shape[1], _LEAST_ROWS)
+        y = torch.cat([F.linear(x, part.to(x.dtype)) for part in self.halves.split(at_once)], -1)
+        return y if bias is None else y + bias
 
     def _write(self, writer: Writer) -> int:
         write_halves(writer, self.halves)

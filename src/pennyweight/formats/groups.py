@@ -26,7 +26,7 @@ def combine(op: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, values: Tens
     if groups == 1:
         return op(matrix, values)
     if groups * group == cols:
-        return op(matrix.unflatten(-1, (groups, group)), values.unsqueeze(-1)).flatten(-2)
+        return op(matrix.reshape(*matrix.shape[:-1], groups, group), values.unsqueeze(-1)).reshape(matrix.shape)
     return op(matrix, values.repeat_interleave(group, -1)[..., :cols]) if groups else matrix
 
 

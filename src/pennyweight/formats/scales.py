@@ -94,10 +94,14 @@ class Float16Values:
         return cls((values.double() * power_of_two(-exponent)).to(torch.float16), exponent)
 
     def all(self) -> Tensor:
-        return self.halves.to(torch.float32) * power_of_two(self.exponent)
+        return self._values(self.halves)
 
     def take(self, index: Tensor) -> Tensor:
-        return self.halves[index].to(torch.float32) * power_of_two(self.exponent)
+        return self._values(self.halves[index])
+
+    def _values(self, halves: Tensor) -> Tensor:
+        values = halves.to(torch.float32)
+        return values * power_of_two(self.exponent) if self.exponent else values
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.halves.to(device), self.exponent)

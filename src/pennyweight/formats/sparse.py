@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, WeightError
+from ..kernels.integer import ActivationBits
+from ..kernels.sparse import SparseMatrix
 from ..registry import register
 from .base import PackedWeight, Reader, Writer, check_matrix, check_options, check_size, format_id
 from .bits import gather
 from .codes import CodeMatrix
 from .entropy import read_symbols, symbol_limit, write_symbols
-from .scales import Float16Values
+from .running import RunningSparse
+from .scales import Float16Values, power_of_two
 
 INDEX, INTEGER = 1, 2  # option bits
 ESCAPE = 255  # gap symbol: 255 zeros and no weight after them
@@ -74,6 +77,16 @@ class Sparse(PackedWeight):
         place = (self.row_start[index].unsqueeze(-1) + mask.cumsum(-1) - 1)[mask > 0]
         out[mask > 0] = self._kept(place)
         return out if self.scale is None else out.mul_(self.scale.take(index))
+
+    def for_running(self, activation_bits: ActivationBits = 16) -> PackedWeight:
+        if isinstance(self.values, Float16Values):
+            exponent = self.values.exponent
+            scale = torch.full((self.shape[0],), power_of_two(exponent)) if exponent else None
+            matrix = SparseMatrix.of(self.mask.all().bool(), self.values.halves[0], scale)
+        else:
+            assert self.scale is not None
+            matrix = SparseMatrix.of(self.mask.all().bool(), self._kept().to(torch.int8), self.scale.all())
+        return super().for_running() if matrix is None else RunningSparse(matrix)
 
     def _kept(self, place: Tensor | None = None) -> Tensor:
         """float32: the stored values, without the scale; all of them, or those at `place`."""

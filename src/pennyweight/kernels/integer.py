@@ -8,7 +8,8 @@
 so a result depends neither on the number of threads nor on the instruction set. With 16 bits it differs from the
 float32 product by about 1e-5 of its size, less than bfloat16 loses in rounding its inputs; with 8 bits by about 1e-2.
 Few inputs meet bit planes by table look-up: the sums of any of four inputs are tabulated, and four bits of a weight's
-row choose one (the idea of T-MAC, arXiv 2407.00088). Many inputs meet weights widened to 16 bits, panel by panel.
+row choose one (the idea of T-MAC, arXiv 2407.00088). Many inputs meet weights unpacked to bytes or 16 bits, panel
+by panel.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cpu, tell_once  # pyright: ignore[reportAttributeAccessIssue]
+from .gpu import twins
 
 ActivationBits = Literal[8, 16, 32]
 
@@ -121,10 +123,11 @@ class IntegerMatrix:
     def linear(self, x: Tensor, bias: Tensor | None = None, activation_bits: ActivationBits = 16) -> Tensor:
         """x [..., cols] -> [..., rows], in the dtype of x. activation_bits: 8, 16, or 32 for a product in float32.
 
+        An x on a GPU is not quantised: the kernels of kernels/gpu multiply it, or torch, by the decoded weight.
         Differentiable in x and bias, as if x had not been quantised.
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            y = torch.ops.pennyweight.integer_linear(x, *self._arguments(), activation_bits)
+            y = torch.ops.pennyweight.integer_linear(x, *self.arguments(), activation_bits)
         elif bias is not None and bias.requires_grad and torch.is_grad_enabled():
             y = self._linear(x, activation_bits)
         else:
@@ -134,40 +137,81 @@ class IntegerMatrix:
     def _linear(self, x: Tensor, activation_bits: int, bias: Tensor | None = None) -> Tensor:
         if x.shape[-1] != self.cols or (bias is not None and bias.numel() != self.rows):
             raise ValueError(f"a weight [{self.rows}, {self.cols}] takes no input {list(x.shape)} with this bias")
-        if activation_bits == 32 or _cpu is None:
-            flat = x.reshape(-1, self.cols).to(torch.float32)
-            if activation_bits == 32:
-                y = self._in_float32(flat)
-            else:
-                tell_once()
-                y = linear_reference(self, flat, activation_bits)
+        if activation_bits != 32 and twins.takes(x):
+            twin = twins.twin(self, x.device)
+            if twin is not None:
+                return twin.linear(x, bias)
+        if x.device.type == "cuda":
+            shift = None if bias is None else bias.to(x.dtype)
+            return F.linear(x, self.decode().to(x.device, x.dtype), shift)
+        if activation_bits == 32:
+            y = self._in_float32(x.reshape(-1, self.cols).to(torch.float32))
             if bias is not None:
                 y += bias
             return y.view(*x.shape[:-1], self.rows).to(x.dtype)
-        inputs = _ready(x)
-        shift = None if bias is None else _ready(bias)
         y = torch.empty((*x.shape[:-1], self.rows), dtype=torch.float32)
+        self._multiply(y, _ready(x), bias, activation_bits)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def linear_into(self, y: Tensor, x: Tensor, bias: Tensor | None, activation_bits: int) -> None:
+        """`linear` of x [n, cols] written to y [n, rows], both float32 and contiguous; activation_bits 8 or 16.
+
+        Raises ValueError for tensors of other shapes, types or layouts.
+        """
+        fits = x.shape[1:] == (self.cols,) and y.shape == (x.shape[0], self.rows)
+        plain = all(t.dtype == torch.float32 and t.is_contiguous() and t.device.type == "cpu" for t in (x, y))
+        if not (fits and plain) or (bias is not None and bias.numel() != self.rows):
+            raise ValueError(f"a weight [{self.rows}, {self.cols}] takes no {list(x.shape)} into {list(y.shape)}")
+        self._multiply(y, x, bias, activation_bits)
+
+    def _multiply(self, y: Tensor, x: Tensor, bias: Tensor | None, activation_bits: int) -> None:
+        """The kernel gets addresses: whoever calls this has checked that the tensors are what it expects."""
+        if _cpu is None:
+            tell_once()
+            made = linear_reference(self, x.reshape(-1, self.cols), activation_bits)
+            y.copy_((made if bias is None else made + bias).view(y.shape))
+            return
+        shift = None if bias is None else _ready(bias)
         self.native.linear(
-            inputs.data_ptr(),
-            inputs.shape[:-1].numel(),
+            x.data_ptr(),
+            x.shape[:-1].numel(),
             0 if shift is None else shift.data_ptr(),
             y.data_ptr(),
             activation_bits,
             torch.get_num_threads(),
         )
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def part(self, first: int, last: int, columns: Tensor | None = None) -> IntegerMatrix:
+        """Rows first .. last-1, with their columns in the order given: ValueError if groups of them share scales."""
+        if columns is not None and self.groups > 1:
+            raise ValueError("columns with scales in groups keep their order")
+        plain = dataclasses.replace(
+            self, scale=torch.ones_like(self.scale), minimum=None, column_scale=None, column_offset=None
+        )
+        codes = ((plain.decode(first, last) + self.zero) / self.factor).to(torch.int32)
+        whole = torch.arange(self.cols) if columns is None else columns
+        made = IntegerMatrix.of(
+            codes[:, whole],
+            _by_row(self.scale, self.rows)[first:last],
+            self.group,
+            factor=self.factor,
+            zero=self.zero,
+            minimum=None if self.minimum is None else _by_row(self.minimum, self.rows)[first:last],
+            column_scale=None if self.column_scale is None else self.column_scale[whole],
+            column_offset=None if self.column_offset is None else self.column_offset[whole],
+        )
+        assert made is not None  # what could be arranged once can be again
+        return made
 
     def _in_float32(self, x: Tensor) -> Tensor:
         return torch.cat([F.linear(x, part) for part in self._decoded_parts()], 1)
 
     def _decoded_parts(self) -> Any:
-        return (self._decode(first, min(first + _CHUNK_ROWS, self.rows)) for first in range(0, self.rows, _CHUNK_ROWS))
+        return (self.decode(first, min(first + _CHUNK_ROWS, self.rows)) for first in range(0, self.rows, _CHUNK_ROWS))
 
-    def decode(self) -> Tensor:
-        """float32 [rows, cols], as the format decodes it, bit for bit."""
-        return self._decode(0, self.rows)
-
-    def _decode(self, first: int, last: int) -> Tensor:
+    def decode(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The rows first .. last - 1 (all of them), float32 [n, cols], as the format decodes them, bit for bit."""
+        last = self.rows if last is None else last
         if _cpu is None:
             tell_once()
             return decode_reference(self)[first:last]
@@ -204,7 +248,8 @@ class IntegerMatrix:
             )
         return self._native
 
-    def _arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[Any, ...]:
+        """What an operator of torch.library takes in place of this; `matrix_of` is the inverse."""
         sizes = [self.rows, self.cols, self.bits, self.group, self.factor, self.zero]
         parts = (self.minimum, self.column_scale, self.column_offset, self.escape_start, self.escapes)
         return (self.codes, self.scale, *parts, sizes, self.limit)
@@ -338,7 +383,7 @@ def linear_reference(matrix: IntegerMatrix, x: Tensor, activation_bits: int) -> 
 # ------------------------------------------------------------------------------------------------ for torch.compile
 
 
-def _matrix(
+def matrix_of(
     codes: Tensor,
     scale: Tensor,
     minimum: Tensor | None,
@@ -349,7 +394,7 @@ def _matrix(
     sizes: list[int],
     limit: float,
 ) -> IntegerMatrix:
-    """The inverse of `IntegerMatrix._arguments`."""
+    """The inverse of `IntegerMatrix.arguments`."""
     rows, cols, bits, group, factor, zero = sizes
     parts = (scale, minimum, column_scale, column_offset, escape_start, escapes)
     return IntegerMatrix(codes, rows, cols, bits, group, factor, zero, *parts, limit)
@@ -370,7 +415,7 @@ def _integer_linear(
     activation_bits: int,
 ) -> Tensor:
     parts = (codes, scale, minimum, column_scale, column_offset, escape_start, escapes)
-    return _matrix(*parts, sizes, limit)._linear(x, activation_bits)
+    return matrix_of(*parts, sizes, limit)._linear(x, activation_bits)
 
 
 @torch.library.custom_op("pennyweight::integer_linear_backward", mutates_args=())
@@ -389,8 +434,8 @@ def _integer_linear_backward(
     parts = (codes, scale, minimum, column_scale, column_offset, escape_start, escapes)
     total = gradient.new_zeros(*gradient.shape[:-1], sizes[1], dtype=torch.float32)
     first = 0
-    for part in _matrix(*parts, sizes, limit)._decoded_parts():
-        total += gradient[..., first : first + len(part)].to(torch.float32) @ part
+    for part in matrix_of(*parts, sizes, limit)._decoded_parts():
+        total += gradient[..., first : first + len(part)].to(torch.float32) @ part.to(gradient.device)
         first += len(part)
     return total.to(gradient.dtype)
 

@@ -11,25 +11,41 @@ made-up weight in each form tells the time of every weight of that form:
     binary       signs                                                groups
     codebook     vectors of a table, decoded                          1 / weights in a vector
     lowrank      two thin products                                    rank
-    sparse       weights under a mask, decoded                        share of them that is kept
+    sparse       weights under a mask                                 share of them that is kept
+    partial      signs, and weights under a mask                      share of them that is kept
+    stacked      signs, several times                                 how many times: stages, or their ranks
     split        what dividing the rows between two formats adds
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
-from ..formats import Binary, Codebook, Dense16, Integer, LowRank, PackedWeight, Sparse, Split
+from ..formats import (
+    Binary,
+    Codebook,
+    Dense16,
+    Integer,
+    LowRank,
+    PackedWeight,
+    Partial,
+    SignedLowRank,
+    Sparse,
+    Split,
+    Stacked,
+)
 from ..formats.groups import group_count
 from ..formats.running import RunningIntegers
 
 GROUP = 64
 _RANK_PARTS = (32, 8)  # ranks timed, as parts of the shorter side
 _KEPT = (0.1, 0.5)
+_SALIENT = (0.05, 0.2)
+_STAGES = (2, 8)
 
 
 class Form(NamedTuple):
@@ -66,6 +82,10 @@ def form_of(packed: PackedWeight) -> Form:
         return Form("lowrank", packed.rank)
     if isinstance(packed, Sparse):
         return Form("sparse", float(packed.mask.all().float().mean()))
+    if isinstance(packed, Partial) and isinstance(packed.rest, Binary):
+        return Form("partial", float(packed.salient.mask.all().float().mean()))
+    if isinstance(packed, SignedLowRank | Stacked):
+        return _signs_form(packed.parts if isinstance(packed, Stacked) else (packed,))
     return Form("dense16" if isinstance(packed, Dense16) else "decoded")
 
 
@@ -77,6 +97,16 @@ def _integer_form(packed: Integer) -> Form:
         return Form(f"int{packed.bits if packed.bits <= 4 else 8}", groups)
     running = packed.for_running()  # whether the codes beyond a byte are few enough
     return Form(f"int{running.matrix.bits}", groups) if isinstance(running, RunningIntegers) else Form("decoded")
+
+
+def _signs_form(parts: Sequence[PackedWeight]) -> Form:
+    """The form of a sum in which every part is signs with scales of groups or of low rank."""
+    products = [
+        part.rank if isinstance(part, SignedLowRank) else 1
+        for part in parts
+        if isinstance(part, Binary | SignedLowRank)
+    ]
+    return Form("stacked", sum(products)) if len(products) == len(parts) else Form("decoded")
 
 
 def samples(rows: int, cols: int) -> dict[Form, PackedWeight]:
@@ -106,7 +136,10 @@ def samples(rows: int, cols: int) -> dict[Form, PackedWeight]:
     for rank in sorted({0, *(min(rows, cols) // part for part in _RANK_PARTS)}):
         factors = (Integer.encode(weight.new_ones(n, m), 4, GROUP) for n, m in ((rows, rank), (rank, cols)))
         made.append(LowRank.from_factors(*factors) if rank else LowRank.from_factors(*_nothing(rows, cols)))
-    made += [Sparse.encode(weight, torch.rand(rows, cols, generator=generator) < kept) for kept in _KEPT]
+    shares = torch.rand(rows, cols, generator=generator)
+    made += [Sparse.encode(weight, shares < kept) for kept in _KEPT]
+    made += [Partial.encode(weight, shares < kept, 0) for kept in _SALIENT]
+    made += [Stacked.from_parts([Binary.encode(weight, 0)] * stages) for stages in _STAGES]
     found = {form_of(packed): packed for packed in made}
     if rows > 1:
         second = torch.arange(rows) % 2 == 1

@@ -5,7 +5,7 @@
 namespace pennyweight {
 
 // The instruction sets that kernels are compiled for. A better one comes later.
-enum class Isa { plain, neon, avx2, avx512, avx512vnni };
+enum class Isa { plain, neon, avx2, avx512, avx512vnni, amx };
 
 const char *name(Isa isa);
 

@@ -12,20 +12,19 @@ namespace pennyweight {
 namespace {
 
 constexpr std::size_t few = 4;             // inputs up to which weights are read in place, without a panel
-constexpr std::size_t chunk = 256;         // columns worked on at once
-constexpr std::size_t rows_at_once = 96;  // inputs that share a panel: their sums stay in the cache
+constexpr std::size_t rows_at_once = 128;  // inputs that share a panel: their sums stay in the cache
 
 // One block of rows against inputs first .. last-1.
 class BlockProduct {
 public:
-    BlockProduct(const Integers &w, const Activations &a, const IntegerKernels &k, const std::uint8_t *tables, int parts)
-        : w_(w), a_(a), k_(k), tables_(tables), parts_(parts) {}
+    BlockProduct(const Integers &w, const Activations &a, const IntegerKernels &k, const Panels *panels, const std::uint8_t *tables, int parts)
+        : w_(w), a_(a), k_(k), panels_(panels), tables_(tables), parts_(parts) {}
 
     void run(std::size_t b, std::size_t first, std::size_t last, const float *bias, float *y) const {
         thread_local std::vector<float> out;
         const std::size_t n = last - first;
         out.assign(n * block_rows, 0.0f);
-        if (tables_ != nullptr || (w_.bits == 8 && n <= few))
+        if (panels_ == nullptr)
             for (std::size_t m = first; m < last; ++m)
                 k_.one_input(w_, b, a_, m, tables_ == nullptr ? nullptr : tables_ + m * parts_ * w_.padded() * 8, parts_, out.data() + (m - first) * block_rows);
         else
@@ -45,16 +44,16 @@ public:
 private:
     void by_panels(std::size_t b, std::size_t first, std::size_t last, float *out) const {
         thread_local std::vector<std::uint32_t> acc;
-        alignas(64) std::int16_t panel[chunk * block_rows];
-        acc.assign((last - first) * block_rows, 0);
+        alignas(64) std::uint8_t panel[Panels::most_bytes];
+        acc.resize((last - first) * block_rows);
         for (std::size_t g = 0; g < a_.groups; ++g) {
             const std::size_t end = std::min((g + 1) * w_.group, w_.padded());
-            for (std::size_t k = g * w_.group; k < end; k += chunk) {
-                const std::size_t stop = std::min(k + chunk, end);
-                k_.panel(w_, b, k, stop, panel);
-                k_.multiply(panel, (stop - k) / 2, a_.q + first * a_.stride + k, a_.stride, last - first, acc.data());
+            for (std::size_t k = g * w_.group; k < end; k += Panels::most_columns) {
+                const std::size_t stop = std::min(k + Panels::most_columns, end);
+                panels_->arrange(w_, b, k, stop, panel);
+                panels_->multiply(w_.bits, panel, stop - k, a_, first, last - first, k, k == g * w_.group, acc.data());
             }
-            k_.end_group(w_, b, g, a_, first, last, acc.data(), out);
+            k_.end_group(w_, b, g, panels_->shift, a_, first, last, acc.data(), out);
         }
     }
 
@@ -71,7 +70,8 @@ private:
     const Integers &w_;
     const Activations &a_;
     const IntegerKernels &k_;
-    const std::uint8_t *tables_;
+    const Panels *panels_;        // null for few inputs
+    const std::uint8_t *tables_;  // null for weights that are bytes
     int parts_;
 };
 
@@ -84,6 +84,7 @@ void integer_linear(const Integers &w, const float *x, std::size_t n, const floa
     const double most = activation_bits == 8 ? 127.0 : 32639.0;
     const float largest = static_cast<float>(std::floor(std::max(1.0, std::min(most, 2147483647.0 / std::max(limit, 1.0)))));
     const bool by_table = w.bits < 8 && n <= few;
+    const Panels *const panels = n <= few ? nullptr : &k.panels(w.bits, activation_bits);
     const int parts = activation_bits == 8 ? 1 : 2;
     const std::size_t padded = w.padded(), groups = w.groups();
 
@@ -92,23 +93,33 @@ void integer_linear(const Integers &w, const float *x, std::size_t n, const floa
     thread_local std::vector<float> step, offset, total;
     thread_local std::vector<std::uint32_t> sum;
     thread_local std::vector<std::uint8_t> table_bytes;
+    thread_local std::vector<std::int8_t> low, high;
     const auto room = [](auto &buffer, std::size_t size) {
         if (buffer.size() < size) buffer.resize(size);
         return buffer.data();
     };
     std::uint8_t *const tables = room(table_bytes, by_table ? n * parts * padded * 8 : 0);
     Activations a{room(q, n * padded), room(step, n), room(sum, n * groups),
-                  w.minimum == nullptr ? nullptr : room(total, n * groups), room(offset, n), padded, groups};
+                  w.minimum == nullptr ? nullptr : room(total, n * groups), room(offset, n), padded, groups, nullptr, nullptr, 0};
+    if (panels != nullptr && panels->parts > 0) {
+        // Panels are read in steps of up to 64 columns, which may reach beyond a row; an odd number of cache lines
+        // keeps neighbouring rows out of each other's sets.
+        a.byte_stride = ((padded / 64 + 2) | 1) * 64;
+        a.low = room(low, n * a.byte_stride);
+        if (panels->parts > 1) a.high = room(high, n * a.byte_stride);
+    }
     const std::size_t share = std::max<std::size_t>(1, 16384 / std::max<std::size_t>(padded, 1));
     parallel_for((n + share - 1) / share, n * padded < 65536 ? 1 : threads, [&](std::size_t i) {
         const std::size_t last = std::min(n, (i + 1) * share);
         k.quantise(w, x, i * share, last, largest, a);
+        for (std::size_t m = i * share; a.low != nullptr && m < last; ++m)
+            k.split(a.q + m * padded, padded, a.low + m * a.byte_stride, a.high == nullptr ? nullptr : a.high + m * a.byte_stride);
         for (std::size_t m = i * share; by_table && m < last; ++m)
             for (int part = 0; part < parts; ++part)
                 k.tables(a.q + m * padded, padded, parts == 1 ? 0 : part + 1, tables + (m * parts + part) * padded * 8);
     });
 
-    const BlockProduct product(w, a, k, by_table ? tables : nullptr, parts);
+    const BlockProduct product(w, a, k, panels, by_table ? tables : nullptr, parts);
     const std::size_t slices = (n + rows_at_once - 1) / rows_at_once, blocks = w.blocks();
     const bool small = static_cast<double>(n) * static_cast<double>(padded) * static_cast<double>(w.rows) < 200000.0;
     parallel_for(blocks * slices, small ? 1 : threads, [&](std::size_t i) {

@@ -37,24 +37,37 @@ struct Activations {
     float *total;             // [rows][groups] of the unquantised x; null unless there is a minimum
     float *offset;            // [rows] x times the column offsets
     std::size_t stride, groups;
+    std::int8_t *low, *high;  // q as signed bytes, low + 256 * high, rows `byte_stride` apart; null where panels need none
+    std::size_t byte_stride;
+};
+
+// How a block meets many inputs: columns first .. last-1 (multiples of 8, at most `most_columns`) are arranged in a
+// panel, of what is stored plus `shift`, and then multiplied with one input after the other.
+struct Panels {
+    static constexpr std::size_t most_columns = 256, most_bytes = most_columns * block_rows * 2;
+    int parts;  // bytes that an input is split into; 0: int16 as they are
+    std::int32_t shift;
+    void (*arrange)(const Integers &, std::size_t block, std::size_t first, std::size_t last, std::uint8_t *out);
+    // acc += (or, if fresh, =) panel . q for `rows` inputs from m on, whose columns from k on are meant
+    void (*multiply)(std::size_t bits, const std::uint8_t *panel, std::size_t columns, const Activations &, std::size_t m, std::size_t rows, std::size_t k, bool fresh, std::uint32_t *acc);
 };
 
 // What is compiled once for each instruction set. `acc` is modulo 2^32, [rows][64].
 struct IntegerKernels {
     // Quantises rows of x [.., cols] to whole numbers up to `largest`.
     void (*quantise)(const Integers &, const float *x, std::size_t first, std::size_t last, float largest, Activations &);
+    // q = low + 256 * high, all of them signed; without `high`, q itself fits a byte.
+    void (*split)(const std::int16_t *q, std::size_t count, std::int8_t *low, std::int8_t *high);
     // Sums of four columns for each of the 16 choices of them: [cols / 4][fine bytes 16, coarse bytes 16].
     // part 0: of q; 1: of its low byte, as a signed number; 2: of what remains, in units of 256.
     void (*tables)(const std::int16_t *q, std::size_t cols, int part, std::uint8_t *out);
     // y[64] += the block's product with input m, in units of its step; by its tables where the weight has planes. Two
     // parts, 1 and 2, lie one behind the other.
     void (*one_input)(const Integers &, std::size_t block, const Activations &, std::size_t m, const std::uint8_t *tables, int parts, float *y);
-    // A block's columns first .. last-1 (multiples of 8), arranged for `multiply`: factor * stored - zero, bytes as stored.
-    void (*panel)(const Integers &, std::size_t block, std::size_t first, std::size_t last, std::int16_t *out);
-    // acc += panel . q for `rows` rows of q; pairs: of columns
-    void (*multiply)(const std::int16_t *panel, std::size_t pairs, const std::int16_t *q, std::size_t stride, std::size_t rows, std::uint32_t *acc);
-    // y[n][64] += what acc means in a group, for inputs first .. last-1; acc is cleared.
-    void (*end_group)(const Integers &, std::size_t block, std::size_t group, const Activations &, std::size_t first, std::size_t last, std::uint32_t *acc, float *y);
+    // The quickest way to multiply weights of so many bits with many inputs of 8 or 16 bits.
+    const Panels &(*panels)(std::size_t bits, int activation_bits);
+    // y[n][64] += what acc, made of panels with that shift, means in a group, for inputs first .. last-1.
+    void (*end_group)(const Integers &, std::size_t block, std::size_t group, std::int32_t shift, const Activations &, std::size_t first, std::size_t last, const std::uint32_t *acc, float *y);
     // The values of rows first .. last-1 of a block, float32 [last - first][cols], rows `stride` apart.
     void (*decode)(const Integers &, std::size_t block, std::size_t first, std::size_t last, float *out, std::size_t stride);
 };

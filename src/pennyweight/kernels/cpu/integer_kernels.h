@@ -2,17 +2,11 @@
 // Kernels of integer weights, in terms of simd.h. Included by isa.cpp alone.
 
 #include "integer.h"
+#include "integer_panels.h"
 #include "simd.h"
 
 namespace pennyweight {
 namespace {
-
-constexpr std::size_t vectors = block_rows / width;    // of bytes in a block
-constexpr std::size_t unit = 2 * lanes;                // rows that `tile` takes at once
-constexpr std::size_t units = block_rows / unit;
-constexpr std::size_t tile_rows = width == 64 ? 12 : 6;  // inputs that `tile` takes at once: what the registers hold
-
-PENNYWEIGHT_INLINE std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 static float largest_magnitude(const float *x, const float *column_scale, std::size_t cols, bool &finite) {
     // Magnitudes compare like the integers their bits are, which vectorises; NaN and infinity come out on top.
@@ -216,80 +210,19 @@ static void one_input(const Integers &w, std::size_t b, const Activations &a, st
     }
 }
 
-static void end_group(const Integers &w, std::size_t b, std::size_t g, const Activations &a, std::size_t first, std::size_t last, std::uint32_t *acc, float *y) {
+static void end_group(const Integers &w, std::size_t b, std::size_t g, std::int32_t shift, const Activations &a, std::size_t first, std::size_t last, const std::uint32_t *__restrict acc, float *__restrict y) {
     const std::size_t at = (b * a.groups + g) * block_rows;
-    const bool as_stored = w.bits == 8;  // panels of planes have factor * stored - zero, panels of bytes what is stored
-    const std::uint32_t factor = as_stored ? static_cast<std::uint32_t>(w.factor) : 1, zero_code = as_stored ? static_cast<std::uint32_t>(w.zero) : 0;
-    for (std::size_t m = first; m < last; ++m, acc += block_rows, y += block_rows)
-        add_group(w.scale + at, w.minimum == nullptr ? nullptr : w.minimum + at, factor, zero_code * a.sum[m * a.groups + g], total_of(w, a, m, g), acc, y);
-}
-
-// Planes of column bytes first .. last-1 as bytes, factor * stored - zero: [column pairs][64][2], the arrangement of 8 bits.
-static void unpack(const std::uint8_t *planes, std::size_t bits, std::int32_t factor, std::int32_t zero_code, std::size_t first, std::size_t last, std::uint8_t *out) {
-    const V shift = all8(-zero_code);
-    for (std::size_t c = first; c < last; ++c, out += 8 * block_rows)
-        for (std::size_t v = 0; v < vectors; ++v) {
-            V plane[4];
-            for (std::size_t p = 0; p < bits; ++p) plane[p] = load(planes + (c * bits + p) * block_rows + v * width);
-            for (int pair = 0; pair < 4; ++pair) {
-                V code[2];
-                for (int i = 0; i < 2; ++i) {
-                    code[i] = bit(plane[0], 2 * pair + i);
-                    for (std::size_t p = 1; p < bits; ++p) code[i] = or_shifted(code[i], bit(plane[p], 2 * pair + i), static_cast<int>(p));
-                    if (factor == 2) code[i] = add8(code[i], code[i]);
-                    code[i] = add8(code[i], shift);
-                }
-                std::uint8_t *to = out + (static_cast<std::size_t>(pair) * block_rows + v * width) * 2;
-                store_interleaved(reinterpret_cast<std::int16_t *>(to), interleave_low(code[0], code[1]), interleave_high(code[0], code[1]));
-            }
-        }
-}
-
-// [units][column pairs][unit][2]
-static void panel(const Integers &w, std::size_t b, std::size_t first, std::size_t last, std::int16_t *out) {
-    constexpr std::size_t some = 32;  // columns unpacked at once
-    alignas(64) std::uint8_t unpacked[some * block_rows];
-    const std::size_t pairs = (last - first) / 2;
-    for (std::size_t k0 = first; k0 < last; k0 += some) {
-        const std::size_t k1 = smaller(last, k0 + some);
-        const std::uint8_t *bytes = w.block(b) + k0 * block_rows;
-        if (w.bits < 8) {
-            unpack(w.block(b), w.bits, w.factor, w.zero, k0 / 8, k1 / 8, unpacked);
-            bytes = unpacked;
-        }
-        const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(bytes);
-        for (std::size_t u = 0; u < units; ++u)
-            for (std::size_t k = 0; k < (k1 - k0) / 2; ++k)
-                for (std::size_t half = 0; half < 2; ++half)
-                    store(out + (u * pairs + (k0 - first) / 2 + k) * 2 * unit + half * unit,
-                          widen(codes + k * 2 * block_rows + (2 * u + half) * unit));
-    }
-}
-
-template <std::size_t R>
-PENNYWEIGHT_INLINE void tile(const std::int16_t *panel, std::size_t pairs, const std::int16_t *q, std::size_t stride, std::uint32_t *acc) {
-    V sum[R][2];
-    for (std::size_t r = 0; r < R; ++r)
-        for (int half = 0; half < 2; ++half) sum[r][half] = load(acc + r * block_rows + half * lanes);
-    for (std::size_t k = 0; k < pairs; ++k, panel += 2 * unit) {
-        const V w0 = load(panel), w1 = load(panel + unit);
-        for (std::size_t r = 0; r < R; ++r) {
-            const V x = broadcast32(q + r * stride + 2 * k);
-            sum[r][0] = multiply(sum[r][0], w0, x);
-            sum[r][1] = multiply(sum[r][1], w1, x);
-        }
-    }
-    for (std::size_t r = 0; r < R; ++r)
-        for (int half = 0; half < 2; ++half) store(acc + r * block_rows + half * lanes, sum[r][half]);
-}
-
-static void multiply(const std::int16_t *panel, std::size_t pairs, const std::int16_t *q, std::size_t stride, std::size_t rows, std::uint32_t *acc) {
-    for (std::size_t u = 0; u < units; ++u) {
-        const std::int16_t *part = panel + u * pairs * 2 * unit;
-        std::size_t m = 0;
-        for (; m + tile_rows <= rows; m += tile_rows) tile<tile_rows>(part, pairs, q + m * stride, stride, acc + m * block_rows + u * unit);
-        for (; m + 3 <= rows; m += 3) tile<3>(part, pairs, q + m * stride, stride, acc + m * block_rows + u * unit);
-        for (; m < rows; ++m) tile<1>(part, pairs, q + m * stride, stride, acc + m * block_rows + u * unit);
+    const float *__restrict const scale = w.scale + at;
+    const unsigned doubled = static_cast<unsigned>(w.factor - 1);  // shifts are quicker than products
+    const std::uint32_t zero_code = static_cast<std::uint32_t>(w.zero + w.factor * shift);
+    for (std::size_t m = first; m < last; ++m, acc += block_rows, y += block_rows) {
+        const std::uint32_t zero_sum = zero_code * a.sum[m * a.groups + g];
+        for (std::size_t r = 0; r < block_rows; ++r)
+            y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>((acc[r] << doubled) - zero_sum));
+        if (w.minimum == nullptr) continue;
+        const float *__restrict const minimum = w.minimum + at;
+        const float total = total_of(w, a, m, g);
+        for (std::size_t r = 0; r < block_rows; ++r) y[r] += minimum[r] * total;
     }
 }
 
@@ -312,16 +245,14 @@ static void decode(const Integers &w, std::size_t b, std::size_t first, std::siz
     for (std::size_t k0 = 0; k0 < padded; k0 += 8) {
         const std::size_t at = (b * groups + k0 / w.group) * block_rows, count = smaller(8, w.cols - k0);
         const std::uint8_t *bytes = w.block(b) + k0 * block_rows;
-        std::int32_t factor = w.factor, zero_code = w.zero;
         if (w.bits < 8) {
-            unpack(w.block(b), w.bits, factor, zero_code, k0 / 8, k0 / 8 + 1, unpacked);
+            unpack(w.block(b), w.bits, k0 / 8, k0 / 8 + 1, unpacked);
             bytes = unpacked;
-            factor = 1, zero_code = 0;
         }
         const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(bytes);
         for (std::size_t pair = 0; pair < 4; ++pair)
             for (std::size_t i = 0; i < 2 * block_rows; ++i)
-                values[i][pair] = static_cast<float>(factor * codes[pair * 2 * block_rows + i] - zero_code);
+                values[i][pair] = static_cast<float>(w.factor * codes[pair * 2 * block_rows + i] - w.zero);
         for (std::size_t r = first; r < last; ++r) {
             const float scale = w.scale[at + r];
             float *row = out + (r - first) * stride + k0;
@@ -343,7 +274,7 @@ static void decode(const Integers &w, std::size_t b, std::size_t first, std::siz
     }
 }
 
-constexpr IntegerKernels integer_kernels = {quantise, tables, one_input, panel, multiply, end_group, decode};
+constexpr IntegerKernels integer_kernels = {quantise, split, tables, one_input, panels, end_group, decode};
 
 }  // namespace
 }  // namespace pennyweight

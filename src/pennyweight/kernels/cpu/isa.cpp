@@ -2,11 +2,12 @@
 #include "binary_kernels.h"
 #include "integer_kernels.h"
 #include "isa.h"
+#include "sparse_kernels.h"
 
 #define PENNYWEIGHT_JOIN(a, b) a##b
 #define PENNYWEIGHT_TABLE(name) PENNYWEIGHT_JOIN(kernels_, name)
 
 namespace pennyweight {
 extern const Kernels PENNYWEIGHT_TABLE(PENNYWEIGHT_NAME);
-const Kernels PENNYWEIGHT_TABLE(PENNYWEIGHT_NAME) = {integer_kernels, binary_kernels};
+const Kernels PENNYWEIGHT_TABLE(PENNYWEIGHT_NAME) = {integer_kernels, binary_kernels, sparse_kernels};
 }  // namespace pennyweight

@@ -2,12 +2,14 @@
 #include "binary.h"
 #include "cpu.h"
 #include "integer.h"
+#include "sparse.h"
 
 namespace pennyweight {
 
 struct Kernels {
     IntegerKernels integer;
     BinaryKernels binary;
+    SparseKernels sparse;
 };
 
 // Those of the instruction set in use. Throws std::runtime_error if PENNYWEIGHT_ISA names what is not there.

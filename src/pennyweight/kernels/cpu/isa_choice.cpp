@@ -7,7 +7,7 @@ namespace pennyweight {
 
 extern const Kernels kernels_plain;
 #if defined(PENNYWEIGHT_HAS_X86)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512vnni;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512vnni, kernels_amx;
 #endif
 #if defined(PENNYWEIGHT_HAS_NEON)
 extern const Kernels kernels_neon;
@@ -23,6 +23,7 @@ const Kernels &of(Isa isa) {
         case Isa::avx2: return kernels_avx2;
         case Isa::avx512: return kernels_avx512;
         case Isa::avx512vnni: return kernels_avx512vnni;
+        case Isa::amx: return kernels_amx;
 #endif
 #if defined(PENNYWEIGHT_HAS_NEON)
         case Isa::neon: return kernels_neon;

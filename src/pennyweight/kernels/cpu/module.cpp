@@ -38,6 +38,7 @@ static void feedback_block(Strided work, Strided upper, Vector row, Vector colum
 
 void bind_binary(nb::module_ &m);
 void bind_integer(nb::module_ &m);
+void bind_sparse(nb::module_ &m);
 
 NB_MODULE(_cpu, m) {
     m.def("feedback_block", &feedback_block, nb::arg("work"), nb::arg("upper"), nb::arg("row"), nb::arg("column"),
@@ -52,4 +53,5 @@ NB_MODULE(_cpu, m) {
           "Have the kernels use this instruction set from now on.");
     bind_integer(m);
     bind_binary(m);
+    bind_sparse(m);
 }

@@ -11,9 +11,11 @@
 //     table      sixteen bytes, as `lookup` wants them
 //     interleave sixteen-bit values from low and high bytes, stored in the order of the bytes (2 * width bytes)
 //     join       fine + 32 * coarse of the bytes that `interleave` would bring together, up to 32767, as int16
-//     bit        bit k of each byte, as 0 or 1
+//     nibble_bits bits k (below 4) and k + 4 of each byte, as the lowest of its nibbles
 //     or_shifted a | b << k, where no byte of b has bits that would cross into the next
 //     add8       sums of bytes
+//     multiply8  x86 alone: unsigned bytes of a times signed bytes of b. With VNNI acc + the sums of four in the int32 of acc,
+//                without it acc + the sums of two in the int16 of acc, which must fit
 //     multiply   acc + a[2i] * b[2i] + a[2i+1] * b[2i+1] for each of the int32 of acc; wraps around
 //     widen      width/2 signed bytes -> int16
 //     settled    v, which the compiler must have computed by now: sums it may regroup at will do not fit the registers
@@ -49,12 +51,14 @@ PENNYWEIGHT_INLINE V table(const std::uint8_t *from) {
 PENNYWEIGHT_INLINE V lookup(V table, V index) { return _mm512_shuffle_epi8(table, index); }
 PENNYWEIGHT_INLINE V low_nibbles(V v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 PENNYWEIGHT_INLINE V high_nibbles(V v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
-PENNYWEIGHT_INLINE V bit(V v, int k) { return _mm512_and_si512(_mm512_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm512_set1_epi8(1)); }
+PENNYWEIGHT_INLINE V nibble_bits(V v, int k) { return _mm512_and_si512(_mm512_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm512_set1_epi8(17)); }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) { return _mm512_or_si512(a, _mm512_sll_epi16(b, _mm_cvtsi32_si128(k))); }
 PENNYWEIGHT_INLINE V add8(V a, V b) { return _mm512_add_epi8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 PENNYWEIGHT_INLINE V interleave_low(V low, V high) { return _mm512_unpacklo_epi8(low, high); }
 PENNYWEIGHT_INLINE V interleave_high(V low, V high) { return _mm512_unpackhi_epi8(low, high); }
+PENNYWEIGHT_INLINE V interleave16_low(V low, V high) { return _mm512_unpacklo_epi16(low, high); }
+PENNYWEIGHT_INLINE V interleave16_high(V low, V high) { return _mm512_unpackhi_epi16(low, high); }
 PENNYWEIGHT_INLINE V add16(V a, V b) { return _mm512_add_epi16(a, b); }
 PENNYWEIGHT_INLINE V join_low(V fine, V coarse) { return _mm512_maddubs_epi16(interleave_low(fine, coarse), _mm512_set1_epi16(32 << 8 | 1)); }
 PENNYWEIGHT_INLINE V join_high(V fine, V coarse) { return _mm512_maddubs_epi16(interleave_high(fine, coarse), _mm512_set1_epi16(32 << 8 | 1)); }
@@ -71,6 +75,14 @@ PENNYWEIGHT_INLINE V multiply(V acc, V a, V b) {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 #endif
 }
+PENNYWEIGHT_INLINE V multiply8(V acc, V a, V b) {
+#if defined(PENNYWEIGHT_VNNI)
+    return _mm512_dpbusd_epi32(acc, a, b);
+#else
+    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(a, b));
+#endif
+}
+PENNYWEIGHT_INLINE V all16(int value) { return _mm512_set1_epi16(static_cast<short>(value)); }
 PENNYWEIGHT_INLINE V broadcast32(const void *from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -92,12 +104,14 @@ PENNYWEIGHT_INLINE V table(const std::uint8_t *from) {
 PENNYWEIGHT_INLINE V lookup(V table, V index) { return _mm256_shuffle_epi8(table, index); }
 PENNYWEIGHT_INLINE V low_nibbles(V v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 PENNYWEIGHT_INLINE V high_nibbles(V v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
-PENNYWEIGHT_INLINE V bit(V v, int k) { return _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm256_set1_epi8(1)); }
+PENNYWEIGHT_INLINE V nibble_bits(V v, int k) { return _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm256_set1_epi8(17)); }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) { return _mm256_or_si256(a, _mm256_sll_epi16(b, _mm_cvtsi32_si128(k))); }
 PENNYWEIGHT_INLINE V add8(V a, V b) { return _mm256_add_epi8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 PENNYWEIGHT_INLINE V interleave_low(V low, V high) { return _mm256_unpacklo_epi8(low, high); }
 PENNYWEIGHT_INLINE V interleave_high(V low, V high) { return _mm256_unpackhi_epi8(low, high); }
+PENNYWEIGHT_INLINE V interleave16_low(V low, V high) { return _mm256_unpacklo_epi16(low, high); }
+PENNYWEIGHT_INLINE V interleave16_high(V low, V high) { return _mm256_unpackhi_epi16(low, high); }
 PENNYWEIGHT_INLINE V add16(V a, V b) { return _mm256_add_epi16(a, b); }
 PENNYWEIGHT_INLINE V join_low(V fine, V coarse) { return _mm256_maddubs_epi16(interleave_low(fine, coarse), _mm256_set1_epi16(32 << 8 | 1)); }
 PENNYWEIGHT_INLINE V join_high(V fine, V coarse) { return _mm256_maddubs_epi16(interleave_high(fine, coarse), _mm256_set1_epi16(32 << 8 | 1)); }
@@ -106,6 +120,8 @@ PENNYWEIGHT_INLINE void store_interleaved(std::int16_t *to, V low, V high) {
     store(to + 16, _mm256_permute2x128_si256(low, high, 0x31));
 }
 PENNYWEIGHT_INLINE V multiply(V acc, V a, V b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+PENNYWEIGHT_INLINE V multiply8(V acc, V a, V b) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b)); }
+PENNYWEIGHT_INLINE V all16(int value) { return _mm256_set1_epi16(static_cast<short>(value)); }
 PENNYWEIGHT_INLINE V broadcast32(const void *from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -125,7 +141,7 @@ PENNYWEIGHT_INLINE V table(const std::uint8_t *from) { return vld1q_u8(from); }
 PENNYWEIGHT_INLINE V lookup(V table, V index) { return vqtbl1q_u8(table, index); }
 PENNYWEIGHT_INLINE V low_nibbles(V v) { return vandq_u8(v, vdupq_n_u8(15)); }
 PENNYWEIGHT_INLINE V high_nibbles(V v) { return vshrq_n_u8(v, 4); }
-PENNYWEIGHT_INLINE V bit(V v, int k) { return vandq_u8(vshlq_u8(v, vdupq_n_s8(static_cast<std::int8_t>(-k))), vdupq_n_u8(1)); }
+PENNYWEIGHT_INLINE V nibble_bits(V v, int k) { return vandq_u8(vshlq_u8(v, vdupq_n_s8(static_cast<std::int8_t>(-k))), vdupq_n_u8(17)); }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) { return vorrq_u8(a, vshlq_u8(b, vdupq_n_s8(static_cast<std::int8_t>(k)))); }
 PENNYWEIGHT_INLINE V add8(V a, V b) { return vaddq_u8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return vdupq_n_u8(static_cast<std::uint8_t>(value)); }
@@ -180,8 +196,8 @@ PENNYWEIGHT_INLINE V high_nibbles(V v) {
     for (int i = 0; i < 16; ++i) v.byte[i] >>= 4;
     return v;
 }
-PENNYWEIGHT_INLINE V bit(V v, int k) {
-    for (int i = 0; i < 16; ++i) v.byte[i] = v.byte[i] >> k & 1;
+PENNYWEIGHT_INLINE V nibble_bits(V v, int k) {
+    for (int i = 0; i < 16; ++i) v.byte[i] = v.byte[i] >> k & 17;
     return v;
 }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) {

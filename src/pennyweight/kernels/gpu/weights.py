@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # formats use kernels, not the other way round
     from ...formats.binary import Binary
     from ...formats.integer import Integer
     from ...formats.scales import Values
+    from ..integer import IntegerMatrix
 
 #: bits of a code -> widths of its low and high part
 WIDTHS = {1: (1, 0), 2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 7: (8, 0), 8: (8, 0)}
@@ -83,7 +84,7 @@ class GpuIntegers:
         minimum, minimum_factor = (None, 1.0) if packed.minimum is None else _held([packed.minimum])
         return cls._of(
             [packed.codes.all()],
-            [packed.scale],
+            *_held([packed.scale]),
             packed.bits,
             packed.group,
             zero=0.0 if packed.minimum is not None or packed.centroids is not None else float(1 << packed.bits - 1),
@@ -109,18 +110,57 @@ class GpuIntegers:
                 )
         signs, scales = [plane.signs.all() for plane in planes], [plane.scale for plane in planes]
         # +-scale is (bit - 1/2) * 2 scale
-        return cls._of(signs, scales, 1, planes[0].group, zero=0.5, scale_factor=2.0)
+        scale, factor = _held(scales)
+        return cls._of(signs, scale, 2 * factor, 1, planes[0].group, zero=0.5)
+
+    @classmethod
+    def from_matrix(cls, matrix: IntegerMatrix) -> Self | None:
+        """A weight in the arrangement of the CPU, arranged for the GPU. Changes no value.
+
+        None for what the kernels do not take: escapes, and minima beside column scales where codes are not 0 to 255.
+        """
+        if matrix.escapes is not None:
+            return None
+        plain = dataclasses.replace(
+            matrix, factor=1, zero=0, scale=torch.ones_like(matrix.scale),
+            minimum=None, column_scale=None, column_offset=None,
+        )  # fmt: skip
+        codes = torch.empty(matrix.rows, matrix.cols, dtype=torch.int16)
+        for first in range(0, matrix.rows, _CHUNK_ROWS):
+            last = min(first + _CHUNK_ROWS, matrix.rows)
+            codes[first:last] = plain.decode(first, last).to(torch.int16)
+        low, high = int(codes.min()), int(codes.max())
+        if matrix.minimum is not None and matrix.column_scale is not None:  # the kernels then know no zero
+            low = matrix.zero
+            if not 0 <= int(codes.min()) - low <= high - low <= 255:
+                return None
+        scale, factor = _compact(_by_row(matrix.scale, matrix.rows))
+        minimum, minimum_factor = None, 1.0
+        if matrix.minimum is not None:
+            minimum, minimum_factor = _compact(_by_row(matrix.minimum, matrix.rows))
+        return cls._of(
+            [(codes - low).to(torch.uint8)],
+            scale[None],
+            factor * matrix.factor,
+            max((high - low).bit_length(), 1),
+            matrix.group,
+            zero=matrix.zero / matrix.factor - low,
+            minimum=minimum,
+            minimum_factor=minimum_factor,
+            column_scale=matrix.column_scale,
+            column_offset=matrix.column_offset,
+        )
 
     @classmethod
     def _of(
         cls,
         codes: Sequence[Tensor],
-        scales: Sequence[Values],
+        scale: Tensor,
+        scale_factor: float,
         bits: int,
         group: int,
         *,
         zero: float,
-        scale_factor: float = 1.0,
         minimum: Tensor | None = None,
         minimum_factor: float = 1.0,
         column_scale: Tensor | None = None,
@@ -137,9 +177,8 @@ class GpuIntegers:
         low_width, high_width = WIDTHS[bits]
         low = torch.stack([pack_rows(plane, low_width, 0) for plane in codes])
         high = torch.stack([pack_rows(plane, high_width, low_width) for plane in codes]) if high_width else None
-        scale, factor = _held(scales)
-        largest = max(zero, (1 << bits) - 1 - zero) if table is None else _largest(table)
-        bound = largest * scale_factor * factor * _largest(scale) * len(codes)
+        largest = max(abs(zero), abs((1 << bits) - 1 - zero)) if table is None else _largest(table)
+        bound = largest * scale_factor * _largest(scale) * len(codes)
         bound *= 1.0 if column_scale is None else _largest(column_scale)
         bound += 0.0 if minimum is None else minimum_factor * _largest(minimum)
         bound += 0.0 if column_offset is None else _largest(column_offset)
@@ -155,7 +194,7 @@ class GpuIntegers:
             bits,
             group,
             zero,
-            scale_factor * factor,
+            scale_factor,
             minimum_factor,
             # float32 ends near 2^128; beyond these bounds the products leave it anyhow
             math.ldexp(1.0, min(max(math.frexp(bound)[1], -100), 100)) if bound else 1.0,
@@ -253,6 +292,20 @@ def _held(values: Sequence[Values]) -> tuple[Tensor, float]:
         return torch.stack([plane.all() for plane in values]), 1.0
     halves: list[Tensor] = [plane.halves for plane in values]  # pyright: ignore[reportAttributeAccessIssue]
     return torch.stack(halves), math.ldexp(1.0, exponent)
+
+
+def _compact(values: Tensor) -> tuple[Tensor, float]:
+    """Numbers and the power of two to multiply them with: float16 where that is exact, else float32."""
+    for exponent in (0, math.frexp(_largest(values))[1] - 15):
+        halves = torch.ldexp(values, torch.tensor(-exponent)).to(torch.float16)
+        if torch.equal(torch.ldexp(halves.to(torch.float32), torch.tensor(exponent)), values):
+            return halves, math.ldexp(1.0, exponent)
+    return values, 1.0
+
+
+def _by_row(values: Tensor, rows: int) -> Tensor:
+    """[blocks, groups, 64] -> [rows, groups]"""
+    return values.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
 
 
 def _largest(values: Tensor) -> float:
