@@ -1,6 +1,6 @@
 """The denoising affine transform at one bit and below against straight-through binarisation: what trains, what breaks.
 
-    python -m pennyweight.bench.experiments.denoise_affine        (about a quarter of an hour on one core)
+    python -m pennyweight.bench.experiments.denoise_affine        (about ten minutes on one core)
 
 A small causal transformer learns to predict the next character of Tiny Shakespeare. Weights and inputs of every linear
 layer of its blocks are quantised in blocks of 64, embedding and head are real. Every arm trains for the same steps at
@@ -39,7 +39,7 @@ from ..results import Table, write_results
 
 REPOSITORY = Path(__file__).parents[4]
 COMMAND = "python -m pennyweight.bench.experiments.denoise_affine"
-LADDER = (3e-3, 1e-2, 3e-2, 1e-1)
+LADDER = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 STEPS, BATCH, CONTEXT, FEATURES, DEPTH, HEADS, BLOCK = 200, 16, 32, 64, 2, 2, 64
 #: Setting -> sparsity of the weights.
 SETTINGS: dict[str, str | float | None] = {"1 bit": None, "1 bit, 2:4": "2:4", "1 bit, 75 % gone": 0.75}
