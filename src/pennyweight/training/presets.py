@@ -88,8 +88,9 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def _poke_bits(match: list[str], bits: int) -> dict[str, Any]:
-    return {"match": match, "weight": {"method": "pokebnn", "bits": bits}, "input": {"method": "pokebnn", "bits": bits}}
+def _poke_bits(match: list[str], bits: int, signed: bool = True) -> dict[str, Any]:
+    entry = {"method": "pokebnn", "bits": bits}
+    return {"match": match, "weight": entry, "input": {**entry, "signed": signed}}
 
 
 MODEL_PRESETS: dict[str, list[dict[str, Any]]] = {
@@ -99,7 +100,8 @@ MODEL_PRESETS: dict[str, list[dict[str, Any]]] = {
             "weight": _binary({"name": "pokebnn", "bound": "channel"}, scale="half-maximum", start=1 / 16),
             "input": _sign({"name": "pokebnn", "bound": 3.0}),
         },
-        _poke_bits(["*.gate.squeeze", "*.gate.excite"], 4),
+        _poke_bits(["*.gate.squeeze"], 4),
+        _poke_bits(["*.gate.excite"], 4, signed=False),
         _poke_bits(["stem.patches", "stem.grouped", "head"], 8),
     ],
 }

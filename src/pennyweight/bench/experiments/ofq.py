@@ -38,12 +38,12 @@ from ...training.hooks import attach, hooks_of
 from ...training.prepare import prepare
 from ...training.schedule import Schedule
 from ..results import Table, write_results
-from .adaquant import accuracy, fashion_mnist
+from .adaquant import fashion_mnist
 
 REPOSITORY = Path(__file__).parents[4]
 COMMAND = "python -m pennyweight.bench.experiments.ofq"
-TRAIN, VALIDATION, TEST = 10_000, 2_000, 5_000
-REAL_STEPS, STEPS, BATCH = 600, 400, 64
+TRAIN, VALIDATION, TEST = 10_000, 2_000, 4_000
+REAL_STEPS, STEPS, BATCH = 600, 300, 64
 RATES = (3e-4, 1e-3, 3e-3)
 REAL_RATE, DECAY, FLOOR, LAST = 2e-3, 0.05, 0.02, 0.8
 BAND, NEAR = 0.005, 0.05
@@ -123,6 +123,13 @@ def train(model: nn.Module, data: Data, rate: float, steps: int, seed: int) -> d
 
 
 @torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """In percent."""
+    right = [model(part).argmax(1) == wanted for part, wanted in zip(images.split(500), labels.split(500))]
+    return 100 * float(torch.cat(right).double().mean())
+
+
+@torch.no_grad()
 def share_near_boundaries(model: nn.Module) -> float:
     """Of all quantised weights."""
     near = count = 0
@@ -196,14 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rates[arm] = max(tried, key=lambda rate: tried[rate].validation)
         found[arm] = [tried[rates[arm]]]
         found[arm] += [run(arm, starts[seed], rates[arm], data, options.steps, seed) for seed in seeds[1:]]
-        print(
-            arm,
-            rates[arm],
-            {rate: one.validation for rate, one in tried.items()},
-            found[arm],
-            file=sys.stderr,
-            flush=True,
-        )
+        by_rate = {rate: round(one.validation, 2) for rate, one in tried.items()}
+        print(f"{arm}: validation {by_rate}, {found[arm]}", file=sys.stderr, flush=True)
     rows: dict[str, list[Any]] = {"full precision": [f"{REAL_RATE:g}", reals, "", "", ""]}
     for arm, runs in found.items():
         rows[arm] = [
@@ -221,14 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables=[
             Table(
                 "Weights and inputs of the blocks' linear layers at two bits. Oscillations and flips per million "
-                "weights and steps, over the last fifth of the training",
+                "weights and steps, over the last fifth of the training; boundaries in steps of the grid",
                 [
                     "arm",
                     "learning rate",
                     "test accuracy, %",
                     "oscillations",
                     "flips",
-                    f"within {NEAR} steps of a boundary, %",
+                    f"within {NEAR} of a boundary, %",
                 ],
                 rows,
             )
