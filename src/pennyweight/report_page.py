@@ -29,15 +29,21 @@ _SENSITIVITIES = 15
 
 def page(report: Report) -> str:
     """The HTML text of a report."""
-    style = files("pennyweight").joinpath("report_page.css").read_text(encoding="utf-8")
     sections = (_head, _frontier, _limits, _bars, _sensitivity, _histograms, _table)
     body = "\n".join(filter(None, (section(report) for section in sections)))
+    footer = "Written by pennyweight. Bytes are those on disk: model.safetensors and config.json."
+    return document(f"{report.name}, {size_text(report.size)}: pennyweight report", body, footer)
+
+
+def document(title: str, body: str, footer: str) -> str:
+    """A whole page in pennyweight's style. title: plain text; body, footer: HTML."""
+    style = files("pennyweight").joinpath("report_page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(report.name)}, {size_text(report.size)}: pennyweight report</title>\n"
+        f"<title>{escape(title)}</title>\n"
         f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
-        "<footer>Written by pennyweight. Bytes are those on disk: model.safetensors and config.json.</footer>\n"
+        f"<footer>{footer}</footer>\n"
         "</main>\n</body>\n</html>"
     )
 

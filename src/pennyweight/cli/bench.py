@@ -13,7 +13,9 @@ from rich.table import Table
 
 from ..artifact import CONFIG
 from ..bench.here import Bench, Timed, time_here
+from ..errors import UnknownNameError
 from ..layers.forms import ORIGINAL, SPLIT, Form
+from ..memory import keep_freed_memory
 from .screen import Json, Quiet, Screen
 from .shrinking import Data
 from .sources import Source, load_packed, load_source, some_data
@@ -23,7 +25,7 @@ app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """Measure on this machine."""  # with one command alone, typer would leave out its name
+    """Measure on this machine."""
 
 
 @app.command()
@@ -60,6 +62,53 @@ def here(
         names = ", ".join(found.left_out[:5]) + (", ..." if len(found.left_out) > 5 else "")
         screen.note(f"not reached by the data and not timed: {names}")
     screen.line(f"[dim]Kept in {escape(found.cache)}[/]")
+
+
+@app.command()
+def binarization(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of results; one that exists is resumed.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Preset or recipe (YAML) to judge; several if you like. Default: all presets."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task to learn, several times if you like; default: all.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few minutes instead of nights: a look, not a verdict.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Trainings at a time, by Ray (extra `distributed`).")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Which way of making a network binary suits which task, network and machine: the six tracks of BiBench."""
+    from ..bench.binarization.benchmark import benchmark
+    from ..bench.binarization.data import TASKS
+    from ..bench.binarization.grid import FULL, QUICK
+    from ..bench.binarization.scores import TRACKS
+
+    screen = Screen(as_json, quiet)
+    for name in task or ():
+        if name not in TASKS:
+            raise UnknownNameError("task", name, TASKS)
+    keep_freed_memory()
+    with screen.working() as progress:
+        tasks = tuple(dict.fromkeys(task or TASKS))
+        found = benchmark(output, QUICK if quick else FULL, method or (), tasks, workers, progress)
+    if as_json:
+        screen.json(found.to_dict())
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("method", no_wrap=True)
+    for title in TRACKS.values():
+        table.add_column(title.lower().replace(" ", "\n"), justify="right")
+    for card in found.cards:
+        table.add_row(escape(card.method), *("" if s is None else f"{s:.3f}" for s in card.scores.values()))
+    screen.show(table)
+    screen.line("Ratios to the real-valued twin: more is better." + (" Too short a run to rank by." if quick else ""))
+    if not found.complete:
+        screen.note("some runs failed and are missing; the same command tries them again")
+    screen.line(f"The page to look at: [bold]{escape(str(found.page.resolve()))}[/]")
 
 
 def load_model(name: str, reference: str | None) -> Source:

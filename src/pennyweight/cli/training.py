@@ -12,6 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ..memory import keep_freed_memory
 from ..training.loop import TrainingResult
 from ..training.loop import train as run_training
 from ..training.metrics import METRICS
@@ -34,6 +35,7 @@ def train(
     settings = TrainingRecipe.load(recipe)
     if output is not None:
         settings = dataclasses.replace(settings, output=str(output))
+    keep_freed_memory()
     with screen.working() as progress:
         result = run_training(settings, resume=resume, progress=progress)
     if not first:

@@ -51,12 +51,33 @@ struct Differences {
     const std::uint8_t *const *inputs;  // [inputs][step]
     std::size_t step, taps, offset, words;
 
-    // counts [count][64]: of `outputs` rows of w, `stride` apart, and inputs first .. first + count - 1
-    void count(const std::uint64_t *w, std::size_t stride, std::size_t outputs, std::size_t first, std::size_t count, std::uint32_t *counts) const {
+    // take(i, y) with the products of `outputs` rows of w, `stride` apart, and input first + i, for all i below `count`. y has room for 64.
+    template <typename Take>
+    void products(const std::uint64_t *w, std::size_t stride, std::size_t outputs, std::size_t first, std::size_t count, std::int32_t columns, Take take) const {
         thread_local std::vector<std::uint16_t> acc;
+        thread_local std::vector<std::uint32_t> counts;
+        add(w, stride, outputs, first, count, acc, counts);
+        for (std::size_t i = 0; i < count; ++i) {
+            alignas(64) std::int32_t y[binary_block];
+            k.products(acc.data() + i * binary_block, counts.empty() ? nullptr : counts.data() + i * binary_block, columns, y);
+            take(i, y);
+        }
+    }
+
+    // counts [count][64] of the bits themselves
+    void count(const std::uint64_t *w, std::size_t stride, std::size_t outputs, std::size_t first, std::size_t count, std::vector<std::uint32_t> &counts) const {
+        thread_local std::vector<std::uint16_t> acc;
+        add(w, stride, outputs, first, count, acc, counts);
+        widen(count, acc, counts);
+    }
+
+private:
+    // acc: what was counted last; counts: what it did not hold, empty if it holds all
+    void add(const std::uint64_t *w, std::size_t stride, std::size_t outputs, std::size_t first, std::size_t count, std::vector<std::uint16_t> &acc,
+             std::vector<std::uint32_t> &counts) const {
         alignas(64) std::uint8_t panel[largest_panel];
         acc.assign(count * binary_block, 0);
-        std::fill(counts, counts + count * binary_block, 0);
+        counts.clear();
         if (words == 0) return;
         // As many whole taps as fit a chunk, or chunks of one tap.
         const std::size_t taps_at_once = std::max<std::size_t>(1, binary_chunk / words), words_at_once = std::min(words, binary_chunk);
@@ -66,7 +87,7 @@ struct Differences {
             for (std::size_t begin = 0; begin < words; begin += words_at_once) {
                 const std::size_t length = std::min(words - begin, words_at_once);
                 if (added + some * length > binary_most) {
-                    widen(acc.data(), count, counts);
+                    widen(count, acc, counts);
                     added = 0;
                 }
                 added += some * length;
@@ -74,12 +95,11 @@ struct Differences {
                 k.multiply(panel, inputs + first * step + t, step, count, some, offset + begin * k.input_bytes, length, acc.data());
             }
         }
-        widen(acc.data(), count, counts);
     }
 
-private:
-    void widen(std::uint16_t *acc, std::size_t count, std::uint32_t *counts) const {
-        for (std::size_t i = 0; i < count; ++i) k.widen(acc + i * binary_block, counts + i * binary_block);
+    void widen(std::size_t count, std::vector<std::uint16_t> &acc, std::vector<std::uint32_t> &counts) const {
+        if (counts.empty()) counts.assign(count * binary_block, 0);
+        for (std::size_t i = 0; i < count; ++i) k.widen(acc.data() + i * binary_block, counts.data() + i * binary_block);
     }
 };
 
@@ -147,7 +167,7 @@ void binary_linear(const std::uint64_t *x, std::size_t rows, const std::uint64_t
                 std::uint32_t counts[binary_block] = {};
                 std::int32_t y[binary_block];
                 k.differences(x + r * words, w + first * words, words, count, words, counts);
-                k.products(counts, columns, binary_block, y);
+                for (std::size_t o = 0; o < binary_block; ++o) y[o] = static_cast<std::int32_t>(static_cast<std::uint32_t>(columns) - 2 * counts[o]);
                 block.write(r, y);
             }
         });
@@ -159,17 +179,11 @@ void binary_linear(const std::uint64_t *x, std::size_t rows, const std::uint64_t
     const Differences differences{k, pointers.data(), 1, 1, 0, words};
     const std::size_t slices = slices_of(rows, blocks, threads);
     parallel_for(blocks * slices, worth(steps, threads), [&](std::size_t i) {
-        thread_local std::vector<std::uint32_t> counts;
         const std::size_t slice = i / blocks, begin = rows * slice / slices, end = rows * (slice + 1) / slices;
         const std::size_t first = i % blocks * binary_block, count = std::min(outputs - first, binary_block);
-        counts.resize((end - begin) * binary_block);
-        differences.count(w + first * words, words, count, begin, end - begin, counts.data());
         const BlockOutput block(k, out, outputs, first, count);
-        for (std::size_t r = begin; r < end; ++r) {
-            std::int32_t y[binary_block];
-            k.products(counts.data() + (r - begin) * binary_block, columns, binary_block, y);
-            block.write(r, y);
-        }
+        differences.products(w + first * words, words, count, begin, end - begin, columns,
+                             [&](std::size_t r, std::int32_t *y) { block.write(begin + r, y); });
     });
 }
 
@@ -223,15 +237,12 @@ void binary_convolution(const BinaryConvolution &c, const std::uint64_t *x, cons
     const auto columns = static_cast<std::int32_t>(taps * c.channels);
     const double steps = static_cast<double>(count) * static_cast<double>(c.outputs) * static_cast<double>(row_words) * 64;
     parallel_for(c.groups * blocks * slices, worth(steps, threads), [&](std::size_t i) {
-        thread_local std::vector<std::uint32_t> counts;
         thread_local std::vector<std::int32_t> padded;
         const std::size_t slice = i / (c.groups * blocks), group = i / blocks % c.groups, b = i % blocks;
         const std::size_t begin = count * slice / slices, end = count * (slice + 1) / slices;
         const std::size_t first = group * per_group + b * binary_block, some = std::min(per_group - b * binary_block, binary_block);
         const std::uint64_t *rows = w + first * row_words;
-        counts.resize((end - begin) * binary_block);
         const Differences differences{k, pointers.data(), taps, taps, group * c.words * k.input_bytes, c.words};
-        differences.count(rows, row_words, some, begin, end - begin, counts.data());
         const BlockOutput block(k, out, c.outputs, first, some);
         if (c.padding_is_zero) {
             // What each tap adds to the products where it meets padding: channels - 2 * bits of the weight.
@@ -243,15 +254,14 @@ void binary_convolution(const BinaryConvolution &c, const std::uint64_t *x, cons
                     padded[t * binary_block + o] = static_cast<std::int32_t>(c.channels) - 2 * bits;
                 }
         }
-        for (std::size_t p = begin; p < end; ++p) {
-            std::int32_t y[binary_block];
-            k.products(counts.data() + (p - begin) * binary_block, columns, binary_block, y);
+        differences.products(rows, row_words, some, begin, end - begin, columns, [&](std::size_t i, std::int32_t *y) {
+            const std::size_t p = begin + i;
             if (c.padding_is_zero && at_border[p] != 0)
                 for (std::size_t t = 0; t < taps; ++t)
                     if (pointers[p * taps + t] == nothing.data())
                         for (std::size_t o = 0; o < binary_block; ++o) y[o] -= padded[t * binary_block + o];
             block.write(p, y);
-        }
+        });
     });
 }
 
@@ -270,18 +280,17 @@ void binary_distances(const std::uint64_t *x, std::size_t rows, std::size_t x_pl
         thread_local std::vector<std::uint32_t> counts, sums;
         const std::size_t slice = task / blocks, begin = rows * slice / slices, end = rows * (slice + 1) / slices, n = end - begin;
         const std::size_t first = task % blocks * binary_block, some = std::min(others - first, binary_block);
-        counts.resize(n * binary_block);
         sums.assign(n * binary_block, 0);
         for (std::size_t i = 0; i < x_planes; ++i)
             for (std::size_t j = 0; j < y_planes; ++j) {
                 const std::uint64_t *w = y + first * stride + j * words;
                 if (direct) {
-                    std::fill(counts.begin(), counts.end(), 0);
+                    counts.assign(n * binary_block, 0);
                     for (std::size_t r = 0; r < n; ++r)
                         k.differences(x + ((begin + r) * x_planes + i) * words, w, stride, some, words, counts.data() + r * binary_block);
                 } else {
                     const Differences differences{k, pointers.data() + i, x_planes, 1, 0, words};
-                    differences.count(w, stride, some, begin, n, counts.data());
+                    differences.count(w, stride, some, begin, n, counts);
                 }
                 const std::size_t weight = x_planes - 1 - i + y_planes - 1 - j;
                 for (std::size_t s = 0; s < counts.size(); ++s) sums[s] += counts[s] << weight;

@@ -52,8 +52,8 @@ struct BinaryKernels {
     void (*widen)(std::uint16_t *acc, std::uint32_t *counts);
     // counts[o] += bits in which x and row o of w differ, without a panel
     void (*differences)(const std::uint64_t *x, const std::uint64_t *w, std::size_t stride, std::size_t outputs, std::size_t words, std::uint32_t *counts);
-    // The outputs of one block: y = columns - 2 * counts, and what is made of it
-    void (*products)(const std::uint32_t *counts, std::int32_t columns, std::size_t outputs, std::int32_t *y);
+    // The outputs of one block: y[64] = columns - 2 * (acc + counts) in the order of the outputs (counts may be null), and what is made of it
+    void (*products)(const std::uint16_t *acc, const std::uint32_t *counts, std::int32_t columns, std::int32_t *y);
     void (*scaled)(const std::int32_t *y, const float *scale, const float *bias, std::size_t outputs, float *out);
     std::uint64_t (*compare)(const std::int32_t *y, const std::int32_t *threshold);  // of 64
 };

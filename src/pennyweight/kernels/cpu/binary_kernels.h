@@ -218,13 +218,13 @@ PENNYWEIGHT_INLINE void sign_tile(const std::uint8_t *panel, const std::uint8_t 
     flush();
 }
 
-static void widen_signs(std::uint16_t *acc, std::uint32_t *counts) {
-    for (std::size_t v = 0; v < binary_block; v += width)
-        for (std::size_t i = 0; i < width / 2; ++i) {
-            counts[v + 2 * i] += acc[v + i];
-            counts[v + 2 * i + 1] += acc[v + width / 2 + i];
-        }
-    for (std::size_t i = 0; i < binary_block; ++i) acc[i] = 0;
+// acc in the order of the outputs
+PENNYWEIGHT_INLINE const std::uint16_t *in_order(const std::uint16_t *acc, std::uint16_t *out) {
+    for (std::size_t v = 0; v < binary_block; v += width) {
+        const V even = load(acc + v), odd = load(acc + v + width / 2);
+        store_interleaved(reinterpret_cast<std::int16_t *>(out + v), interleave16_low(even, odd), interleave16_high(even, odd));
+    }
+    return out;
 }
 
 #else
@@ -304,14 +304,16 @@ PENNYWEIGHT_INLINE void sign_tile(const std::uint8_t *panel, const std::uint8_t 
     }
 }
 
-static void widen_signs(std::uint16_t *acc, std::uint32_t *counts) {
-    for (std::size_t o = 0; o < binary_block; ++o) {
-        counts[o] += acc[o];
-        acc[o] = 0;
-    }
-}
+PENNYWEIGHT_INLINE const std::uint16_t *in_order(const std::uint16_t *acc, std::uint16_t *) { return acc; }
 
 #endif
+
+static void widen_signs(std::uint16_t *acc, std::uint32_t *counts) {
+    alignas(64) std::uint16_t room[binary_block];
+    const std::uint16_t *ordered = in_order(acc, room);
+    for (std::size_t o = 0; o < binary_block; ++o) counts[o] += ordered[o];
+    for (std::size_t o = 0; o < binary_block; ++o) acc[o] = 0;
+}
 
 static void multiply_signs(const std::uint8_t *panel, const std::uint8_t *const *inputs, std::size_t step, std::size_t count, std::size_t taps,
                            std::size_t offset, std::size_t words, std::uint16_t *acc) {
@@ -392,8 +394,12 @@ static void pack_signs(const float *x, const float *threshold, std::size_t cols,
 
 static std::uint64_t compare_products(const std::int32_t *y, const std::int32_t *threshold) { return signs_of(y, threshold); }
 
-static void binary_products(const std::uint32_t *counts, std::int32_t columns, std::size_t outputs, std::int32_t *y) {
-    for (std::size_t o = 0; o < outputs; ++o) y[o] = static_cast<std::int32_t>(static_cast<std::uint32_t>(columns) - 2 * counts[o]);
+static void binary_products(const std::uint16_t *acc, const std::uint32_t *counts, std::int32_t columns, std::int32_t *y) {
+    alignas(64) std::uint16_t room[binary_block];
+    const std::uint16_t *ordered = in_order(acc, room);
+    for (std::size_t o = 0; o < binary_block; ++o) y[o] = columns - 2 * static_cast<std::int32_t>(ordered[o]);
+    if (counts != nullptr)
+        for (std::size_t o = 0; o < binary_block; ++o) y[o] = static_cast<std::int32_t>(static_cast<std::uint32_t>(y[o]) - 2 * counts[o]);
 }
 
 static void scaled_products(const std::int32_t *y, const float *scale, const float *bias, std::size_t outputs, float *out) {
