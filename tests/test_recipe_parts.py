@@ -84,7 +84,7 @@ def test_hooks_that_make_no_sense_are_refused_and_leave_the_model_alone():
     for rules, reason in (
         ([{"match": "blocks.*", "weight": "binary", "hook": "cga"}], "blocks.0.*boundaries"),
         ([hook], "blocks.0.*boundaries"),
-        ([{"match": "blocks.*", "weight": STATSQ}, hook, hook], "two rules give it an hook method"),
+        ([{"match": "blocks.*", "weight": STATSQ}, hook, hook], "two rules give it a method for its hook"),
         ([{"match": "blocks.*", "weight": STATSQ, "hook": {"method": "cga", "width": 1}}], "width"),
     ):
         model = make_transformer()

@@ -227,7 +227,7 @@ def _add(wanted: _Wanted, rule: Rule, name: str) -> None:
         if entry is None:
             continue
         if getattr(wanted, role) is not None:
-            raise PlanError(f"{name}: two rules give it an {role} method; let one rule exclude or not match it")
+            raise PlanError(f"{name}: two rules give it a method for its {role}; let one rule exclude or not match it")
         setattr(wanted, role, entry)
 
 
@@ -256,7 +256,8 @@ def _make(name: str, layer: nn.Module, wanted: _Wanted) -> _Made:
             _try_hook(wanted.hook, cast(Tensor, layer.weight).detach(), chain)
     except (PlanError, WeightError) as error:
         raise type(error)(f"{name}: {error}") from error
-    return _Made(layer, chain, *(end if end is None else end.to(weight.device) for end in ends), wanted.hook)
+    first, last = (end if end is None else end.to(weight.device) for end in ends)
+    return _Made(layer, chain, first, last, wanted.hook)
 
 
 def _try_hook(entry: Mapping[str, Any], weight: Tensor, chain: Iterable[WeightTransform]) -> None:
