@@ -22,13 +22,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, skip_init
 
 from ..errors import PlanError
 from ..estimators import through
 from ..registry import register
 from ..weights.base import WeightTransform
-from .base import Replacement, as_entry, check_options, make_layer_transform
+from .base import Replacement, as_entry, make_layer_transform
 from .quantised import quantise
 
 
@@ -146,25 +146,22 @@ class QueryKeyAttention(Replacement):
         on methods and options there are not.
         """
         options = {key: value for key, value in entry.items() if key != "method"}
-        check_options("query-key", cls, options)
         if not cls.fits(attention):
             return cls(attention)  # which says why not
         heads, features, values = attention.heads, attention.query.in_features, attention.value.out_features
-        like = attention.query.weight
+        where = {"device": attention.query.weight.device, "dtype": attention.query.weight.dtype}
         # Stand-ins for the layer that a quantiser stands before: they say how many channels there are, and where.
         before = {
-            "input_quantizer": nn.Linear(features, 1),
-            "product_quantizer": nn.Linear(heads * features, 1),
-            "attention_quantizer": nn.Conv2d(heads, 1, 1),
-            "value_quantizer": nn.Linear(values, 1),
+            "input_quantizer": skip_init(nn.Linear, features, 1, **where),
+            "product_quantizer": skip_init(nn.Linear, heads * features, 1, **where),
+            "attention_quantizer": skip_init(nn.Conv2d, heads, 1, 1, **where),
+            "value_quantizer": skip_init(nn.Linear, values, 1, **where),
         }
         unknown = sorted(options.keys() - before.keys())
         if unknown:
             raise PlanError(f"'query-key' in a recipe has no option {', '.join(unknown)}; it has: {', '.join(before)}")
-        quantizers = {
-            role: make_layer_transform(as_entry(source), before[role].to(like)) for role, source in options.items()
-        }
-        made = cls(attention, weight_quantizer, **{role: q.to(like.device) for role, q in quantizers.items()})
+        quantizers = {role: make_layer_transform(as_entry(source), before[role]) for role, source in options.items()}
+        made = cls(attention, weight_quantizer, **{role: q.to(where["device"]) for role, q in quantizers.items()})
         made.made_from = {"method": "query-key", **{role: q.made_from for role, q in quantizers.items()}}
         return made
 
