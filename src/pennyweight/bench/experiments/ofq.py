@@ -42,8 +42,8 @@ from .adaquant import fashion_mnist
 
 REPOSITORY = Path(__file__).parents[4]
 COMMAND = "python -m pennyweight.bench.experiments.ofq"
-TRAIN, VALIDATION, TEST = 10_000, 2_000, 4_000
-REAL_STEPS, STEPS, BATCH = 600, 300, 64
+TRAIN, VALIDATION, TEST = 10_000, 1_000, 3_000
+REAL_STEPS, STEPS, BATCH = 600, 300, 32
 RATES = (3e-4, 1e-3, 3e-3)
 REAL_RATE, DECAY, FLOOR, LAST = 2e-3, 0.05, 0.02, 0.8
 BAND, NEAR = 0.005, 0.05
