@@ -42,6 +42,17 @@ def test_conclusions_of_denoising_follow_the_numbers():
     assert denoise_affine.best_rate({1e-3: [run(3.0), run(math.inf)], 1e-2: [run(2.9), run(2.8)]}) == 1e-2
 
 
+def test_no_statistic_of_the_quantisers_looks_ahead():
+    torch.manual_seed(0)
+    model = denoise_affine.CharacterModel(9)
+    pw.prepare(model, denoise_affine.recipe(denoise_affine.DENOISED, "2:4"))
+    ids = torch.randint(9, (2, 12))
+    changed = ids.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 9
+    before, after = model(ids), model(changed)
+    assert torch.allclose(before[:, :8], after[:, :8], atol=1e-5) and not torch.allclose(before[:, 8:], after[:, 8:])
+
+
 def test_conclusions_of_ofq_follow_the_numbers():
     worse, better = ofq.Run(80.0, 80.0, 1e-3, 1e-3, 0.1), ofq.Run(81.0, 81.0, 1e-4, 1e-4, 0.1)
     shows = {arm: [worse if arm == ofq.BASELINE else better] * 2 for arm in ofq.ARMS}
