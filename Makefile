@@ -28,7 +28,7 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 experiments: $(VENV)/.installed
-	@set -e; for file in src/pennyweight/bench/experiments/[a-z]*.py; do \
+	@set -e; for file in $$(grep -l __main__ src/pennyweight/bench/experiments/*.py); do \
 	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m pennyweight.bench.experiments.$$name; done
 
 bench: $(VENV)/.installed

@@ -7,38 +7,24 @@ Nothing here touches the network. Every function is deterministic: same argument
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import random
 import re
-from functools import cache
 from pathlib import Path
 from types import ModuleType
+
+from pennyweight.errors import DataError
+from pennyweight.training.data import data_sets
 
 CALIBRATIONS = ("mixture", "pydoc")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-class DataMissing(SystemExit):
-    """The data folder is not where it was looked for."""
-
-
-def data_folder() -> Path:
-    """The folder with load.py; raises `DataMissing` with the remedy."""
-    folder = Path(os.environ.get("PENNYWEIGHT_DATA", REPOSITORY.parent / "shared" / "data")).expanduser()
-    if not (folder / "load.py").is_file():
-        raise DataMissing(f"no load.py in {folder}; set PENNYWEIGHT_DATA to the folder that holds the benchmark data")
-    return folder
-
-
-@cache
 def sets() -> ModuleType:
-    """The data folder's own load.py, imported by its path."""
-    spec = importlib.util.spec_from_file_location("pennyweight_benchmark_data", data_folder() / "load.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The data folder's own load.py; ends the benchmark, saying what to do, if the folder is not there."""
+    try:
+        return data_sets()
+    except DataError as error:
+        raise SystemExit(str(error)) from None
 
 
 def calibration_sentences(n: int, source: str = "mixture", seed: int = 0) -> list[str]:

@@ -146,11 +146,11 @@ def test_recipes_of_files_and_presets(tmp_path):
     recipe = Recipe.of(path)
     again = Recipe.of(recipe.to_dict())
     assert again == recipe and again.fingerprint() == recipe.fingerprint() != preset("reste").fingerprint()
-    for text in ("rules: [", "- 1", "rulez: []"):
+    for text in ("rules: [", "- 1", "rulez: []", "preset: reste\npreset: fda"):
         path.write_text(text)
         with pytest.raises(PlanError):
             Recipe.of(path)
-    with pytest.raises(PlanError, match="cannot read"):
+    with pytest.raises(PlanError, match="cannot be read"):
         Recipe.of(tmp_path / "none.yaml")
 
 

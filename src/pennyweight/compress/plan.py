@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .. import strict_yaml
 from ..errors import PlanError, UnknownNameError
 from .budget import parse_latency, parse_size, time_text
 
@@ -223,12 +224,7 @@ class Plan:
     @classmethod
     def from_yaml(cls, text: str) -> Plan:
         """Read a plan, edited or not; raises PlanError (line or layer) and UnknownNameError (with close matches)."""
-        try:
-            values = yaml.load(text, _Loader)  # a SafeLoader
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the date 2000-99-99
-            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-            where = f" at line {mark.line + 1}" if mark is not None else ""
-            raise PlanError(f"the plan is not valid YAML{where}: {problem or error}") from None
+        values = strict_yaml.parse(text, "the plan")
         if not isinstance(values, dict) or "layers" not in values:
             raise PlanError("the plan has no `layers`; expected one line for each under that key")
         version = values.pop("pennyweight_plan", 1)
@@ -361,19 +357,6 @@ def _read_method(where: str, line: Any, further_key: str) -> tuple[str, dict[str
     if not isinstance(method, str) or not isinstance(options, dict) or not all(isinstance(k, str) for k in options):
         raise PlanError(f"{where}: method must be a name and options a mapping from names to values, found {line!r}")
     return method, options
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice; YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -58,10 +58,10 @@ class PowerFunction(Estimator):
 
     def surrogate(self, x: Tensor) -> Tensor:
         o, size = self.power(), x.abs()
-        # The clamp keeps the pole at 0 out of the branch that is not taken there.
-        outer = size.clamp_min(self.m) ** ((1 - o) / o) / o
-        slope = torch.where(size <= self.m, self._inner_slope(o).to(x.dtype), outer)
-        return torch.where(size <= self.t, slope, 0.0)
+        outer = size.clamp(self.m, self.t).log().mul((1 - o) / o).exp() / o  # the clamp keeps the pole at 0 away
+        step = self._inner_slope(o) - self.m ** ((1 - o) / o) / o  # from there to the inner slope
+        # Sums and products with 0 or 1: on a CPU several times quicker than `where`.
+        return (outer + step.to(x.dtype) * (size <= self.m)) * (size <= self.t)
 
     def approximation(self, x: Tensor) -> Tensor:
         o, size = self.power(), x.abs().clamp_max(self.t)

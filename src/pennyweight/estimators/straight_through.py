@@ -13,13 +13,30 @@ At the usual window 1 the surrogate's integral over the real line is 2, the jump
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import PlanError
 from ..registry import register
 from .base import Estimator
+
+
+class _Windowed(torch.autograd.Function):
+    """`value` in place of x; the gradient passes where -end < x < end, in one pass over the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, end: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.end = end
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradients[0], x, -ctx.end, ctx.end), None, None
 
 
 @register(
@@ -37,6 +54,11 @@ class ClippedStraightThrough(Estimator):
             raise PlanError(f"estimator 'ste': window is {window}; it must be positive")
         self.window = window
 
+    def cross(self, x: Tensor) -> Tensor:
+        window = torch.tensor(self.window, dtype=x.dtype)
+        end = torch.nextafter(window, torch.full_like(window, math.inf))  # the window includes its ends
+        return _Windowed.apply(x, self.exact(x.detach()), end.item())
+
     def surrogate(self, x: Tensor) -> Tensor:
         return (x.abs() <= self.window).to(x.dtype)
 
@@ -47,7 +69,22 @@ class ClippedStraightThrough(Estimator):
         return f"window={self.window}"
 
 
+class _Straight(torch.autograd.Function):
+    """`value` in place of x; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
 class _Identity(Estimator):
+    def cross(self, x: Tensor) -> Tensor:
+        return _Straight.apply(x, self.exact(x.detach()))
+
     def surrogate(self, x: Tensor) -> Tensor:
         return x.new_ones(()).expand_as(x)
 

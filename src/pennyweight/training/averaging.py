@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from .parallel import placed
+
 
 class WeightAverage:
     """The averages, by the names of `model.state_dict()`."""
@@ -46,7 +48,7 @@ class WeightAverage:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, average in self.averages.items():
-            average.copy_(state[name])
+            average.copy_(placed(state[name], average))
 
     @torch.no_grad()
     def _swap(self) -> None:

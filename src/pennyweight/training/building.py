@@ -16,6 +16,7 @@ from .. import models, registry
 from ..checkpoints import load_checkpoint
 from ..errors import ArtifactError, PlanError, UnknownNameError
 from ..factory import FACTORY, call_factory
+from ..optim.wrapper import OptimizerWrapper
 from .hooks import StepHook
 from .settings import ModelSettings, OptimizerSettings
 
@@ -58,14 +59,19 @@ def make_model(settings: ModelSettings) -> nn.Module:
 
 
 def make_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over all parameters that want a gradient, in groups with and without weight decay.
+    """The optimizer over all parameters that want a gradient, in groups with and without weight decay, and what the
+    settings put around it.
 
     Raises UnknownNameError for names there are not, PlanError for options that the optimizer refuses or if there is
     nothing to train.
     """
     kind: Any = _TORCH_OPTIMIZERS.get(settings.name)
     if kind is None:
-        registered = {name: kind for name, kind in _registered().items() if issubclass(kind, torch.optim.Optimizer)}
+        registered = {
+            name: kind
+            for name, kind in _registered().items()
+            if issubclass(kind, torch.optim.Optimizer) and not issubclass(kind, OptimizerWrapper)
+        }
         if settings.name not in registered:
             raise UnknownNameError("optimizer", settings.name, [*_TORCH_OPTIMIZERS, *registered])
         kind = registered[settings.name]
@@ -79,9 +85,24 @@ def make_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
     try:
-        return kind([group for group in groups if group["params"]], lr=settings.lr, **settings.options)
+        optimizer = kind([group for group in groups if group["params"]], lr=settings.lr, **settings.options)
     except (TypeError, ValueError) as error:
         raise PlanError(f"optimizer {settings.name} refuses its options: {error}") from None
+    for entry in settings.around:
+        optimizer = _wrapped(optimizer, entry, model)
+    return optimizer
+
+
+def _wrapped(optimizer: torch.optim.Optimizer, entry: Mapping[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    options = dict(entry)
+    name = options.pop("method", None)
+    known = {name: kind for name, kind in _registered().items() if issubclass(kind, OptimizerWrapper)}
+    if name not in known:
+        raise UnknownNameError("method around an optimizer", str(name), known)
+    try:
+        return known[name].around(optimizer, model, **options)
+    except TypeError as error:
+        raise PlanError(f"{name}: {error}") from None
 
 
 def make_hook(entry: Mapping[str, Any], model: nn.Module) -> StepHook:

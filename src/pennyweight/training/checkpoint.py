@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..checkpoints import refuse_pickle
 from ..errors import ArtifactError
+from .parallel import placed
 
 CHECKPOINT = "checkpoint.safetensors"
 _VERSION = 1
@@ -124,11 +125,12 @@ def split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def join_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Put back what `split_optimizer` took apart."""
+    """Put back what `split_optimizer` took apart; state of a divided parameter's shape is divided like it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["state"].items()}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        state[int(index)][key] = tensor
+        state[int(index)][key] = placed(tensor, parameters[int(index)])
     optimizer.load_state_dict({**rest, "state": state})
 
 

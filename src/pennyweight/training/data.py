@@ -142,7 +142,8 @@ def data_folder() -> Path:
 
 
 @cache
-def _sets() -> ModuleType:
+def data_sets() -> ModuleType:
+    """The data folder's own load.py, imported by its path; raises DataError if there is none."""
     spec = importlib.util.spec_from_file_location("pennyweight_data_sets", data_folder() / "load.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -151,23 +152,26 @@ def _sets() -> ModuleType:
 
 
 def _fashion_mnist(settings: DataSettings) -> dict[str, Split]:
-    return {part: _image_split(settings.name, *_sets().fashion_mnist(part)) for part in ("train", "test")}
+    return {part: _image_split(settings.name, *data_sets().fashion_mnist(part)) for part in ("train", "test")}
 
 
 def _cifar10(settings: DataSettings) -> dict[str, Split]:
     """Only as many of the five files as there are samples asked for: decoding takes a second each."""
     files = 5 if settings.samples is None else min(5, -(-settings.samples // _CIFAR_FILE))
-    train = _sets().cifar10("train", batches=tuple(range(1, files + 1)))
-    return {"train": _image_split(settings.name, *train), "test": _image_split(settings.name, *_sets().cifar10("test"))}
+    train = data_sets().cifar10("train", batches=tuple(range(1, files + 1)))
+    return {
+        "train": _image_split(settings.name, *train),
+        "test": _image_split(settings.name, *data_sets().cifar10("test")),
+    }
 
 
 def _sst2(settings: DataSettings) -> dict[str, Split]:
-    return _text_splits(settings, {"train": _sets().sst2("train"), "test": _sets().sst2("test")})
+    return _text_splits(settings, {"train": data_sets().sst2("train"), "test": data_sets().sst2("test")})
 
 
 def _cola(settings: DataSettings) -> dict[str, Split]:
     """The public part has no test labels: in-domain dev sentences are the test split."""
-    return _text_splits(settings, {"train": _sets().cola("train"), "test": _sets().cola("dev")})
+    return _text_splits(settings, {"train": data_sets().cola("train"), "test": data_sets().cola("dev")})
 
 
 BUILT_IN: dict[str, Callable[[DataSettings], dict[str, Split]]] = {

@@ -12,6 +12,8 @@ Measured at every estimator in a chain of weight parametrizations, whose output 
 
 ReSTE's code reads the last batch of an epoch and accumulates both over epochs; here each log stands for itself.
 Gradients are read before clipping. Codes are seen in the forward pass, so an update counts at the step that follows it.
+Where processes divide the parameters among them, latent weights and gradients are gathered to be read: every process
+calls `gradients` and `report`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..estimators import Estimator
+from .parallel import whole
 
 #: Bins of a histogram of latent weights, from -3 to 3 times their root mean square; the outer ones hold all beyond.
 BINS = 16
@@ -70,7 +73,7 @@ class Diagnostics:
             updated = self._waiting.pop(name)
             layer = self.layers[name]
             codes = output.detach().to(torch.int16)
-            layer.seen = inputs[0].detach()
+            layer.seen = inputs[0].detach().clone()  # it may be the latent weight, which the step changes
             if layer.codes is None or layer.last_flip is None:
                 layer.last_flip = torch.zeros_like(codes, dtype=torch.int8)
             elif updated:
@@ -87,7 +90,7 @@ class Diagnostics:
     def gradients(self) -> dict[str, float]:
         """Var(|dL/dw|) of each layer; call it when gradients are whole and unscaled."""
         return {
-            name: float(layer.latent.grad.abs().float().var())
+            name: float(whole(layer.latent.grad).abs().float().var())
             for name, layer in self.layers.items()
             if layer.latent.grad is not None and layer.latent.numel() > 1
         }
@@ -95,21 +98,22 @@ class Diagnostics:
     @torch.no_grad()
     def report(self, gradients: Mapping[str, float], histograms: bool) -> dict[str, dict[str, Any]]:
         """What is known of each layer since the last report; `reset` begins the next interval."""
-        return {
-            name: self._row(layer, gradients.get(name), histograms)
-            for name, layer in self.layers.items()
-            if layer.seen is not None
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for name, layer in self.layers.items():
+            latent = {"latent": histogram(whole(layer.latent))} if histograms else {}
+            if layer.seen is not None:
+                found[name] = self._row(layer, gradients.get(name)) | latent
+        return found
 
     def reset(self) -> None:
         for layer in self.layers.values():
             layer.flips = layer.oscillations = torch.zeros_like(layer.flips)
             layer.updates = 0
 
-    def _row(self, layer: _Layer, gradient: float | None, histograms: bool) -> dict[str, Any]:
+    def _row(self, layer: _Layer, gradient: float | None) -> dict[str, Any]:
         assert layer.seen is not None
         chances = layer.updates * layer.seen.numel()
-        row: dict[str, Any] = {
+        return {
             "weights": layer.seen.numel(),
             "updates": layer.updates,
             "flip_rate": int(layer.flips) / chances if chances else None,
@@ -117,9 +121,6 @@ class Diagnostics:
             "estimating_error": estimating_error(layer.estimator, layer.seen),
             "gradient_instability": gradient,
         }
-        if histograms:
-            row["latent"] = histogram(layer.latent)
-        return row
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain values by layer."""

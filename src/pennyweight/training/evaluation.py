@@ -38,13 +38,19 @@ def task_loss(output: Tensor, targets: Tensor, settings: LossSettings) -> Tensor
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, settings: LossSettings, accelerator: Any) -> dict[str, float]:
-    """Mean loss, without smoothing and teacher, and for classes the accuracy in 0..1; every process takes its share."""
+    """Mean loss, without smoothing and teacher, and for classes the accuracy in 0..1; every process takes its share.
+
+    All make as many forward passes, since processes that hold parts of one model gather its weights together.
+    """
     classes = settings.name == "cross-entropy"
     sums = torch.zeros(4, device=accelerator.device)  # loss, samples; right answers, answers
     with evaluating(model):
-        for rows in torch.arange(accelerator.process_index, len(split), accelerator.num_processes).split(_BATCH):
-            inputs, targets = split.batch(rows)
+        for everyones in torch.arange(len(split)).split(_BATCH * accelerator.num_processes):
+            rows = everyones[accelerator.process_index :: accelerator.num_processes]
+            inputs, targets = split.batch(rows if len(rows) else everyones[:1])
             output = output_tensor(model(inputs)).float()
+            if not len(rows):
+                continue  # this process had no share of the last batch
             sums[0] += task_loss(output, targets, LossSettings(settings.name)) * len(rows)
             sums[1] += len(rows)
             if classes:

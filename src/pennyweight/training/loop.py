@@ -3,10 +3,9 @@
     result = train(TrainingRecipe.load("recipe.yaml"))               # or resume=True after a kill
 
 What a run computes is a function of its recipe: the order of samples, augmentation, dropout and the learning rate
-follow from (seed, step), so a resumed run continues bit for bit, and the same recipe on several processes
-(`accelerate launch --multi_gpu --num_processes 2 -m pennyweight train RECIPE.yaml`, on CPUs, too) sees the same
-batches: `batch` counts the samples of one optimizer step over all processes and accumulated parts. Batch norm takes its
-statistics from each part alone.
+follow from (seed, step), so a resumed run continues bit for bit, and the same recipe on several processes (see
+`parallel`) sees the same batches: `batch` counts the samples of one optimizer step over all processes and accumulated
+parts. Batch norm takes its statistics from each part alone.
 
 One step: draw the rows of the batch; forward and backward of each part; unscale; measure; clip; hooks before,
 optimizer, hooks after, average. `step` counts batches; updates that mixed precision skips are logged as
@@ -52,6 +51,7 @@ from .evaluation import evaluate, task_loss, try_out
 from .hooks import StepHook, attach, hooks_of
 from .learning_rate import learning_rate_factor
 from .metrics import Log, replacing
+from .parallel import gathered, parallel_of_launch, placed
 from .prepare import prepare
 from .randomness import derived_seed, generator
 from .schedule import Schedule, set_progress
@@ -66,7 +66,8 @@ _CALIBRATION = 256
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """model: trained, in eval mode, with averaged weights if the recipe has `ema`. report: what report.json holds."""
+    """model: trained, in eval mode, with averaged weights if the recipe has `ema`, whole on every process (on the CPU
+    if it was divided). report: what report.json holds."""
 
     model: nn.Module
     directory: Path
@@ -120,7 +121,8 @@ class _Training:
         self.recipe, self.accelerator, self.progress = recipe, accelerator, progress
         self.directory = Path(recipe.output)
         self.main: bool = accelerator.is_main_process
-        _check_setup(recipe, accelerator)
+        self.parallel = parallel_of_launch(accelerator)
+        _check_setup(recipe, accelerator, self.parallel.divided)
         self.data = load_data(recipe.data, recipe.seed).to(accelerator.device)
         self.per_epoch = len(self.data.train) // recipe.batch
         if self.per_epoch == 0:
@@ -146,6 +148,11 @@ class _Training:
             prepare(self.model, recipe.prepare, data=[self.data.train.batch(rows)[0]])
         self.schedule = Schedule(self.model, sum(self.lengths), (recipe.anneal[0], recipe.anneal[1]), recipe.freeze)
         self.hooks = [*(make_hook(entry, self.model) for entry in recipe.hooks), *hooks]
+        if self.parallel.divided and (self.hooks or hooks_of(self.model)):
+            hook = type([*self.hooks, *hooks_of(self.model)][0]).__name__
+            raise PlanError(
+                f"{hook} acts on whole weights around a step, and FSDP divides them; launch with --multi_gpu"
+            )
         self.step = self.skipped = 0
         self.losses: list[Tensor] = []
         self.earlier: tuple[float, int] = (0.0, 0)  # sum and count of the interval's losses before a resume
@@ -181,18 +188,21 @@ class _Training:
         """A new optimizer and average for a stage, and the wrappers of accelerate."""
         stage = self.recipe.all_stages[index]
         self.rate_schedule = self.recipe.schedule_of(stage)
+        self.parallel.place(self.model)
         self.optimizer = make_optimizer(self.recipe.optimizer_of(stage), self.model)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         attach(self.optimizer, [*hooks_of(self.model), *self.hooks])
         self.average = None if self.recipe.ema is None else WeightAverage(self.model, self.recipe.ema)
-        self.diagnostics = Diagnostics(self.model) if self.recipe.diagnostics and self.main else None
+        # Process 0 watches; the others have one only to take part in gathering what is divided.
+        watches = self.recipe.diagnostics and (self.main or self.parallel.divided)
+        self.diagnostics = Diagnostics(self.model) if watches else None
         self.updated = False  # whether the latest step was carried out
         self.model.train()
-        self.runner, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
+        self.runner, self.stepper = self.parallel.wrap(self.model, self.optimizer)
 
     def _end(self) -> None:
         """Take the wrappers of a stage off the model."""
-        self.model = self.accelerator.unwrap_model(self.runner, keep_fp32_wrapper=False)
+        self.model = self.parallel.unwrap(self.runner)
         self.accelerator.free_memory()
         if self.diagnostics is not None:
             self.diagnostics.close()
@@ -220,18 +230,20 @@ class _Training:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * learning_rate_factor(at, length, self.rate_schedule)
         torch.manual_seed(derived_seed(recipe.seed, "forward", self.step, rank))
-        if self.diagnostics is not None:
+        if self.diagnostics is not None and self.main:
             self.diagnostics.watch(self.updated)
+        self.parallel.begin_step(self.model)
         size = recipe.batch // self.parts
         losses = []
         for part in range(recipe.accumulate):
             mine = slice((rank * recipe.accumulate + part) * size, (rank * recipe.accumulate + part + 1) * size)
             inputs, targets = self.data.train.batch(rows[mine], None if augmentation is None else augmentation[mine])
             last = part == recipe.accumulate - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.runner):
+            with self.parallel.part(self.runner, last):
                 loss = self._loss(inputs, targets)
                 self.accelerator.backward(loss / recipe.accumulate)
             losses.append(loss.detach().float())
+        self.parallel.end_backward(self.model)
         self.accelerator.unscale_gradients()
         self.losses.append(torch.stack(losses).mean())
         self.logging = self._logs_after(at + 1 == length)
@@ -240,8 +252,8 @@ class _Training:
         self.norm = None
         if recipe.clip is not None:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self.norm = torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
-        self.stepper.step()
+            self.norm = self.parallel.clip(trained, recipe.clip)
+        self._update()
         self.stepper.zero_grad()
         self.updated = not self.stepper.step_was_skipped
         self.skipped += not self.updated
@@ -252,8 +264,20 @@ class _Training:
                 self.average.update()
         self.step += 1
 
+    def _update(self) -> None:
+        try:
+            self.stepper.step()
+        except RuntimeError as error:
+            if not self.parallel.divided or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise PlanError(
+                f"{type(self.optimizer).__name__} cannot step on divided parameters; launch with --multi_gpu, or take "
+                f"another optimizer ({str(error).splitlines()[0]})"
+            ) from error
+
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        output = output_tensor(self.runner(inputs)).float()
+        with self.parallel.forward():
+            output = output_tensor(self.runner(inputs)).float()
         teacher = self.recipe.teacher
         if teacher is None or self.teacher is None:
             return task_loss(output, targets, self.recipe.loss)
@@ -287,7 +311,8 @@ class _Training:
 
     def _evaluate(self, split: Split) -> dict[str, float]:
         """Of the averaged weights, if there are."""
-        with contextlib.nullcontext() if self.average is None else self.average.applied():
+        averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
+        with averaged, self.parallel.evaluation(self.model):
             return evaluate(self.model, split, self.recipe.loss, self.accelerator)
 
     def _finite_losses(self) -> tuple[float, int]:
@@ -321,10 +346,10 @@ class _Training:
         if epoch_ends and self.data.validation is not None:
             found = self._evaluate(self.data.validation)
             row |= {"validation_loss": found["loss"], "validation_accuracy": found.get("accuracy")}
-        if self.diagnostics is not None and self.log is not None:
+        if self.diagnostics is not None:
             layers = self.diagnostics.report(self.gradients, histograms=epoch_ends)
             self.diagnostics.reset()
-            if layers:
+            if layers and self.log is not None:
                 row |= totals(layers)
                 if epoch_ends:
                     self.log.layers(self.step, layers)
@@ -336,10 +361,14 @@ class _Training:
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self) -> None:
-        if not self.main:
-            return
+        """Write the checkpoint, of whole tensors however they are divided; any number of processes may resume it."""
         optimizer, rest = split_optimizer(self.optimizer)
         tensors = _named("model", self.model.state_dict()) | _named("optimizer", optimizer)
+        if self.average is not None:
+            tensors |= _named("average", self.average.state_dict())
+        tensors = gathered(tensors, keep=self.main)
+        if not self.main:
+            return
         state: dict[str, Any] = {
             "recipe": self.recipe.to_dict(),
             "step": self.step,
@@ -351,8 +380,6 @@ class _Training:
             "schedule": self.schedule.state_dict(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
-        if self.average is not None:
-            tensors |= _named("average", self.average.state_dict())
         if self.diagnostics is not None:
             watched, state["diagnostics"] = self.diagnostics.state_dict()
             tensors |= _named("diagnostics", watched)
@@ -361,18 +388,19 @@ class _Training:
     def _restore(self, stored: Any) -> None:
         state = stored.state
         try:
-            self.model.load_state_dict(stored.part("model"))
+            own = self.model.state_dict()
+            self.model.load_state_dict({n: placed(t, own.get(n)) for n, t in stored.part("model").items()})
             join_optimizer(self.optimizer, stored.part("optimizer"), state["optimizer"])
             if self.average is not None:
                 self.average.load_state_dict(stored.part("average"))
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, LookupError, ValueError) as error:
             path = self.directory / CHECKPOINT
             raise ArtifactError(
                 f"{path} does not fit the model of this recipe: {' '.join(str(error).split())}"
             ) from None
         self.schedule.load_state_dict(state["schedule"])
         self._tell_hooks()
-        if self.diagnostics is not None:
+        if self.diagnostics is not None and self.main:
             self.diagnostics.load_state_dict(stored.part("diagnostics"), state["diagnostics"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -395,7 +423,7 @@ class _Training:
                 report[name] = self._evaluate(split)
         if self.average is not None:
             self.average.store()
-        self.model.eval()
+        self.model = self.parallel.whole(self.model).eval()
         set_progress(self.model, 1.0)
         if self.main and self.recipe.prepare is not None:
             report["packed_bytes"] = self._save_packed()
@@ -427,16 +455,13 @@ def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _check_setup(recipe: TrainingRecipe, accelerator: Any) -> None:
+def _check_setup(recipe: TrainingRecipe, accelerator: Any, divided: bool) -> None:
     """Raise PlanError for what cannot be done exactly."""
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise PlanError(
-            f"{kind} divides the parameters, which checkpoints here do not; launch with plain data parallelism"
-        )
-    if recipe.freeze and accelerator.num_processes > 1:
+    if recipe.freeze and (divided or accelerator.num_processes > 1):
         raise PlanError("freeze takes gradients away, which parallel processes do not allow; leave one out")
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise PlanError("precision fp16 needs a GPU; use bf16 here")
+    if recipe.precision == "fp16" and divided:
+        raise PlanError("the gradient scaling of fp16 does not know divided parameters; use bf16, or --multi_gpu")
     if recipe.precision == "fp16" and recipe.optimizer.options.get("fused"):
         raise PlanError("a fused optimizer hides from the hooks which steps fp16 skips; leave out fused, or use bf16")

@@ -26,12 +26,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from torch import nn
 
+from .. import strict_yaml
 from ..errors import PlanError, UnknownNameError
 from ..layers.base import as_entry
 from .presets import MODEL_PRESETS, PRESETS
@@ -104,7 +103,9 @@ class Recipe:
         if isinstance(source, Recipe):
             return source
         if not isinstance(source, Mapping):
-            source = _read(Path(source))
+            path, source = source, strict_yaml.read(source)
+            if not isinstance(source, Mapping):
+                raise PlanError(f"{path} is no recipe: it must be a mapping with 'rules'")
         unknown = sorted(set(source) - {"rules", "preset"})
         if unknown:
             raise PlanError(f"a recipe has 'rules' and 'preset', but not {', '.join(map(repr, unknown))}")
@@ -135,13 +136,3 @@ def preset(name: str) -> Recipe:
     if name not in known:
         raise UnknownNameError("preset", name, known)
     return Recipe.of({"rules": known[name]})
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PlanError(f"cannot read the recipe {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, Mapping):
-        raise PlanError(f"{path} is no recipe: it must be a mapping with 'rules'")
-    return found

@@ -22,11 +22,9 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from .. import strict_yaml
 from ..errors import PlanError, UnknownNameError
 
 
@@ -61,13 +59,15 @@ class DataSettings:
 @dataclass(frozen=True)
 class OptimizerSettings:
     """name: of torch.optim, or a registered method of `optim`. decay: weight decay on `matrices` (two dimensions or
-    more: no biases, norms and scales) or on `all` parameters. options: further arguments of the optimizer."""
+    more: no biases, norms and scales) or on `all` parameters. options: further arguments of the optimizer. around:
+    registered methods that wrap the optimizer, innermost first: [{method: pwd, decay: 1e-3, p: 0.8}]."""
 
     name: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.0
     decay: Literal["matrices", "all"] = "matrices"
     options: dict[str, Any] = field(default_factory=dict)
+    around: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,7 @@ class TrainingRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults included; `from_dict` gives the same recipe back."""
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingRecipe:
@@ -204,29 +203,18 @@ class TrainingRecipe:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainingRecipe:
         """Read the YAML; errors name the file."""
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"recipe {path} cannot be read: {error}") from None
-        except (yaml.YAMLError, ValueError) as error:
-            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-            where = f" at line {mark.line + 1}" if mark is not None else ""
-            raise PlanError(f"{path} is not valid YAML{where}: {problem or error}") from None
+        values = strict_yaml.read(path)
         try:
             return cls.from_dict(values)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice; YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
+def _plain(value: Any) -> Any:
+    """With lists in place of tuples, which YAML does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _read(kind: Any, values: Any, where: str) -> Any:
