@@ -68,7 +68,7 @@ def test_a_rule_that_matches_nothing_prints_the_names():
     [
         ([RULE, {"match": "1", "weight": {"method": "dorefa"}}], "1: 'dorefa' cannot follow 'binary'"),
         ([{"match": "1", "weight": [BINARY, BINARY]}], "do not chain"),
-        ([RULE, {"match": "1", "input": "rsign"}], "1: two rules give it an input method"),
+        ([RULE, {"match": "1", "input": "rsign"}], "1: two rules give it a method for its input"),
         ([{"match": "1"}], "name methods"),
         ([{"match": "1", "weigth": BINARY}], "'weigth'"),
         ([{"match": "1", "weight": {"method": "binary", "scal": "none"}}], "no option scal"),

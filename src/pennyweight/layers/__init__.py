@@ -6,6 +6,7 @@ from . import (  # noqa: F401  (importing a method registers it)
     dprelu,
     fda_activation,
     lsq_activation,
+    pokebnn_activation,
     query_key,
     rprelu,
     sign_activation,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,34 @@ class LayerTransform(nn.Module):
         return None
 
 
+class Replacement(nn.Module):
+    """A module that takes the place of one of a certain form, registered under `acts_on="layers"`.
+
+    replaced: names of that module's layers that are no more; its others are shared. form: what `fits` asks for.
+    """
+
+    replaced: ClassVar[tuple[str, ...]]
+    form: ClassVar[str]
+    made_from: dict[str, Any] | None = None  # the recipe's entry, from which a stored model makes it again
+
+    @classmethod
+    def fits(cls, module: Any) -> bool:
+        """Whether it can take the module's place."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], module: Any, weight_quantizer: Any = None) -> Self:
+        """As an entry {method: name, option: value, ...} describes it, with a weight transform if it can use one.
+
+        Raises `UnknownNameError` and `PlanError` on methods and options there are not, and modules that do not fit.
+        """
+        raise NotImplementedError
+
+    def quantizers(self) -> list[LayerTransform]:
+        """Of its activations; each gets its input by a call."""
+        return [module for module in self.children() if isinstance(module, LayerTransform)]
+
+
 def make_layer_transform(entry: Mapping[str, Any], layer: nn.Module) -> LayerTransform:
     """The transform that an entry {method: name, option: value, ...} of a recipe describes, for that layer.
 
@@ -67,6 +95,15 @@ def make_layer_transform(entry: Mapping[str, Any], layer: nn.Module) -> LayerTra
     made.for_layer(layer)
     made.made_from = dict(entry)
     return made
+
+
+def as_entry(source: Any) -> dict[str, Any]:
+    """A recipe's entry, which may be the name of a method alone. Raises `PlanError` for what is neither."""
+    if isinstance(source, str):
+        return {"method": source}
+    if not isinstance(source, Mapping) or not isinstance(source.get("method"), str):
+        raise PlanError(f"a method is its name or a mapping with 'method', not {source!r}")
+    return {str(key): value for key, value in source.items()}
 
 
 def check_options(method: str, target: Any, options: Mapping[str, Any]) -> None:

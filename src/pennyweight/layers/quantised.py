@@ -27,22 +27,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .. import registry
 from ..errors import ArtifactError, DataError, PlanError
 from ..kernels import binary
-from .base import LayerTransform, SignInput, make_layer_transform, per_channel, per_sample_mean_magnitude
+from .base import LayerTransform, Replacement, SignInput, make_layer_transform, per_channel, per_sample_mean_magnitude
 from .packed import PackedModule
 
 
 class QuantisedLayer(nn.Module):
     """What quantised twins share. Made by `quantise`, never by its constructor.
 
-    input_quantizer, output_transform: a `LayerTransform` or None. Once converted: scale: float [outputs] or None;
+    input_quantizer, output_transform: a `LayerTransform` or None. step_hook: what acts on the weight around the
+    optimizer's step in training, or None. Once converted: scale: float [outputs] or None;
     takes_signs: whether inputs are signs, of x >= input_threshold ([channels] or None for 0) and times mean |x| of the
     sample if sample_scale; output_threshold, output_flip: [outputs], or None if outputs are real.
     """
 
     input_quantizer: LayerTransform | None
     output_transform: LayerTransform | None
+    step_hook: nn.Module | None
     weight: Any
     bias: Tensor | None
     scale: Tensor | None
@@ -235,7 +238,7 @@ def quantise(module: nn.Module) -> QuantisedLayer:
     twin = cast(QuantisedLayer, module)
     kind = type(module)
     module.__class__ = _TWINS[kind]
-    for name in ("input_quantizer", "output_transform"):
+    for name in ("input_quantizer", "output_transform", "step_hook"):
         twin.register_module(name, None)
     for name in ("scale", "input_threshold", "output_threshold", "output_flip"):
         twin.register_buffer(name, None)
@@ -281,11 +284,16 @@ def remove_modules(model: nn.Module, names: Iterable[str]) -> None:
 def structure(model: nn.Module) -> dict[str, Any]:
     """What a converted model is beyond its tensors, as JSON; {} for a model without quantised layers.
 
-    {"layers": {name: {"takes_signs": true, ..., "buffers": [names]}}, "removed": [names]}; a layer's transforms are
-    recipe entries. Raises `ArtifactError` if a layer is prepared, but not converted.
+    {"layers": {name: {"takes_signs": true, ..., "buffers": [names]}}, "removed": [names], "replaced": {name: entry}},
+    the last only if not empty; a layer's transforms are recipe entries. Raises `ArtifactError` if a layer is prepared,
+    but not converted.
     """
     layers = {name: _layer_structure(name, m) for name, m in model.named_modules() if isinstance(m, QuantisedLayer)}
-    return {"layers": layers, "removed": list(getattr(model, _REMOVED, ()))} if layers else {}
+    if not layers:
+        return {}
+    found: dict[str, Any] = {"layers": layers, "removed": list(getattr(model, _REMOVED, ()))}
+    replaced = {name: m.made_from for name, m in model.named_modules() if isinstance(m, Replacement) and m.made_from}
+    return {**found, "replaced": replaced} if replaced else found
 
 
 def _layer_structure(name: str, layer: QuantisedLayer) -> dict[str, Any]:
@@ -303,6 +311,12 @@ def restore(model: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Te
 
     Raises `PlanError` or `UnknownNameError` for what this version does not know, AttributeError for missing layers.
     """
+    for name, entry in found.get("replaced", {}).items():
+        made = registry.get(entry["method"], "layers").target.of(entry, model.get_submodule(name))
+        for quantizer_name, quantizer in made.named_children():
+            if isinstance(quantizer, LayerTransform):
+                _reshape(quantizer, f"{name}.{quantizer_name}.", tensors)
+        model.set_submodule(name, made)
     for name, layer in found["layers"].items():
         prefix = f"{name}." if name else ""
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
@@ -319,10 +333,7 @@ def _restore_layer(module: nn.Module, found: Mapping[str, Any], tensors: Mapping
     for role in _ROLES:
         if role in found:
             made = make_layer_transform(found[role], layer)
-            for name, tensor in made.state_dict(keep_vars=True).items():
-                stored = tensors.get(f"{role}.{name}")
-                if stored is not None and stored.shape != tensor.shape:  # fitted to the data it was trained on
-                    tensor.data = torch.empty_like(stored, dtype=tensor.dtype, device=tensor.device)
+            _reshape(made, f"{role}.", tensors)
             setattr(layer, role, made)
     for name in found.get("buffers", ()):
         if name not in tensors:
@@ -332,6 +343,14 @@ def _restore_layer(module: nn.Module, found: Mapping[str, Any], tensors: Mapping
         setattr(layer, flag, bool(found.get(flag)))
     if found.get("no_bias"):
         layer.bias = None
+
+
+def _reshape(made: LayerTransform, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give what was fitted to data the shapes it is stored in."""
+    for name, tensor in made.state_dict(keep_vars=True).items():
+        stored = tensors.get(prefix + name)
+        if stored is not None and stored.shape != tensor.shape:
+            tensor.data = torch.empty_like(stored, dtype=tensor.dtype, device=tensor.device)
 
 
 _REMOVED = "_pennyweight_removed"

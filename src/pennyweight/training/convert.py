@@ -63,6 +63,7 @@ def convert(model: nn.Module) -> nn.Module:
     model.eval()
     for name, parts in stored.items():
         layer = layers[name]
+        layer.step_hook = None
         if weight_chain(layer) is not None:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
         if parts.weight is not None:  # a new parameter: other layers may share the latent one

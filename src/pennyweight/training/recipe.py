@@ -5,12 +5,17 @@
         weight: {method: binary, estimator: reste}    # a weight transform, or a list of them that chain in order
         input: {method: sign, estimator: reste}       # a layer transform of what comes in
         output: {method: spatial-scale}               # one of what comes out
+        hook: {method: cga, start: 0.9}               # what acts on the layer's weight around the optimizer's step
       - match: "*.shortcut"
         exclude: true                                 # stays as it is, whatever other rules say
+      - match: SelfAttention
+        attention: {method: query-key, input_quantizer: lsq}    # what takes the place of an attention of its form
     preset: reste                                     # a published method's rules, after those above
 
-A method without options may be written as its name alone. A layer takes part in every rule that matches it: their
-weight transforms chain in the order of the rules; a second input or output is a contradiction.
+`attention` acts on the matched modules that have the form its method asks for, the other keys on the matched layers;
+a rule must find one or the other. A method without options may be written as its name alone. A layer takes part in
+every rule that matches it: their weight transforms chain in the order of the rules; a second input, output or hook is
+a contradiction.
 """
 
 from __future__ import annotations
@@ -27,17 +32,22 @@ from torch import nn
 
 from .. import strict_yaml
 from ..errors import PlanError, UnknownNameError
-from .presets import PRESETS
+from ..layers.base import as_entry
+from .presets import MODEL_PRESETS, PRESETS
+
+_ENTRIES = ("input", "output", "hook", "attention")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule. match: patterns, any of which is enough. weight: the chain, input, output: entries with `method`."""
+    """One rule. match: patterns, any of which is enough. weight: the chain; the others: entries with `method`."""
 
     match: tuple[str, ...]
     weight: tuple[Mapping[str, Any], ...] = ()
     input: Mapping[str, Any] | None = None
     output: Mapping[str, Any] | None = None
+    hook: Mapping[str, Any] | None = None
+    attention: Mapping[str, Any] | None = None
     exclude: bool = False
 
     @classmethod
@@ -45,7 +55,7 @@ class Rule:
         """From a rule as YAML has it. Raises `PlanError` on unknown keys, and on rules that do nothing."""
         if not isinstance(source, Mapping):
             raise PlanError(f"a rule is a mapping with 'match', not {source!r}")
-        known = ("match", "weight", "input", "output", "exclude")
+        known = ("match", "weight", *_ENTRIES, "exclude")
         unknown = sorted(set(source) - set(known))
         if unknown:
             raise PlanError(f"a rule has {', '.join(map(repr, unknown))}; its keys are: {', '.join(known)}")
@@ -54,11 +64,10 @@ class Rule:
         if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
             raise PlanError(f"a rule needs 'match', a pattern or a list of them, not {match!r}")
         weight = source.get("weight") or ()
-        chain = tuple(map(_entry, weight)) if isinstance(weight, list | tuple) else (_entry(weight),)
-        ends = [None if source.get(key) is None else _entry(source[key]) for key in ("input", "output")]
-        rule = cls(patterns, chain, *ends, exclude=bool(source.get("exclude", False)))
-        acts = bool(rule.weight or rule.input or rule.output)
-        if acts == rule.exclude:
+        chain = tuple(map(as_entry, weight)) if isinstance(weight, list | tuple) else (as_entry(weight),)
+        entries = {key: as_entry(source[key]) for key in _ENTRIES if source.get(key) is not None}
+        rule = cls(patterns, chain, **entries, exclude=bool(source.get("exclude", False)))
+        if bool(rule.weight or entries) == rule.exclude:
             raise PlanError(f"the rule for {', '.join(patterns)} must either name methods or say exclude: true")
         return rule
 
@@ -66,13 +75,16 @@ class Rule:
         kind = type(module).__name__
         return any(pattern == kind or fnmatch.fnmatchcase(name, pattern) for pattern in self.match)
 
+    @property
+    def on_layers(self) -> bool:
+        """Whether it has methods for layers. The hook of a rule for attentions alone is one for what replaces them."""
+        return bool(self.weight or self.input or self.output or (self.hook and not self.attention))
+
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {"match": list(self.match)}
         if self.weight:
             found["weight"] = [dict(entry) for entry in self.weight]
-        for key, entry in (("input", self.input), ("output", self.output)):
-            if entry is not None:
-                found[key] = dict(entry)
+        found |= {key: dict(entry) for key in _ENTRIES if (entry := getattr(self, key)) is not None}
         return {**found, "exclude": True} if self.exclude else found
 
 
@@ -116,15 +128,11 @@ class Recipe:
 
 
 def preset(name: str) -> Recipe:
-    """The rules of a published method (`presets.PRESETS`). Raises `UnknownNameError` with the close matches."""
-    if name not in PRESETS:
-        raise UnknownNameError("preset", name, PRESETS)
-    return Recipe.of({"rules": PRESETS[name]})
+    """The rules of a published method, for any model (`presets.PRESETS`) or for one of models/ (`MODEL_PRESETS`).
 
-
-def _entry(source: Any) -> dict[str, Any]:
-    if isinstance(source, str):
-        return {"method": source}
-    if not isinstance(source, Mapping) or not isinstance(source.get("method"), str):
-        raise PlanError(f"a method is its name or a mapping with 'method', not {source!r}")
-    return {str(key): value for key, value in source.items()}
+    Raises `UnknownNameError` with the close matches.
+    """
+    known = PRESETS | MODEL_PRESETS
+    if name not in known:
+        raise UnknownNameError("preset", name, known)
+    return Recipe.of({"rules": known[name]})

@@ -8,6 +8,7 @@ from . import (  # noqa: F401  (importing a method registers it)
     dorefa,
     fda,
     lsq,
+    pokebnn,
     statsq,
 )
 from .base import WeightTransform

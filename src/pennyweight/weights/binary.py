@@ -3,6 +3,7 @@
     v = pre(w)                  none | centred: w - mean | standardised: gain (w - mean) / sqrt(var + 1e-5)
     b = estimator(v)            -1 or +1, sign(0) = +1; the estimator names the backward
     s                           none: 1 | layer: mean |v| | output: mean |v| of each output | learned, one an output
+                                half-maximum: max |v| / 2 of each output, detached always
     forward   b s
 
 Means and (unbiased) variances are per output and part of the graph. s is detached, or stays in the graph:
@@ -12,7 +13,7 @@ dL/dv = s surrogate(v) G + sign(v)/n sum(G b), G = dL/d(b s), n the number of we
     XNOR-Net  1603.05279    ste, output              ReCU     2103.12369    standardised (2 sqrt 2), recu, learned
     DoReFa    1606.06160    ste, layer (one bit)     BiPer    2404.01278    biper, learned
     Bi-Real   1808.00278    ste, output              XNOR++   1909.13863    ste, learned from 1
-    ReActNet  2003.03488    ste, output
+    ReActNet  2003.03488    ste, output              PokeBNN  2112.00133    pokebnn (channel), half-maximum
 
 Delayed binarisation: below `start` of the progress the layer uses real weights, `before` says which: "weight" is v
 itself, without the scale of magnitudes it has anyway (PokeBNN's first epochs; two-stage training); "approximation" is
@@ -37,7 +38,7 @@ from ..registry import register
 from .base import WeightTransform, per_output, require_finite
 
 Pre = Literal["none", "centred", "standardised"]
-Scale = Literal["none", "layer", "output", "learned"]
+Scale = Literal["none", "layer", "output", "learned", "half-maximum"]
 Init = Literal["mean", "ones", "uniform"]
 Before = Literal["weight", "approximation"]
 _VARIANCE_FLOOR = 1e-5
@@ -130,6 +131,8 @@ class BinaryWeight(WeightTransform):
             return None
         if self.scale_rule == "learned":
             return self.scale
+        if self.scale_rule == "half-maximum":
+            return v.detach().abs().flatten(1).amax(1) / 2
         size = (v.detach() if self.detached else v).abs()
         return size.flatten(1).mean(1) if self.scale_rule == "output" else size.mean().expand(len(v))
 
