@@ -8,7 +8,10 @@ from . import (  # noqa: F401  (importing a method registers it)
     dorefa,
     fda,
     lsq,
+    psilon,
     statsq,
+    weight_compander,
+    weight_standardization,
 )
 from .base import WeightTransform
 
