@@ -1,12 +1,15 @@
 """Modules of the forward graph: where weights sit in a model, packed layers, quantised inputs and outputs."""
 
 from . import (  # noqa: F401  (importing a method registers it)
+    batch_channel_norm,
     denoise_affine_activation,
     dorefa_activation,
     dprelu,
     fda_activation,
     lsq_activation,
+    mimicnorm,
     query_key,
+    residual_scaling,
     rprelu,
     sign_activation,
     spatial_scale,

@@ -11,6 +11,7 @@ from . import (  # noqa: F401  (importing a method registers it)
     psilon,
     statsq,
     weight_compander,
+    weight_mean,
     weight_standardization,
 )
 from .base import WeightTransform
