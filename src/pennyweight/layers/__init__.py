@@ -10,6 +10,7 @@ from . import (  # noqa: F401  (importing a method registers it)
     fda_activation,
     lsq_activation,
     mimicnorm,
+    psilon_block,
     query_key,
     residual_scaling,
     rprelu,
