@@ -13,7 +13,7 @@ so that weight decay is an l_{2/L} penalty on the sizes of subnetworks: for L > 
 up constant can be taken out (`prune`).
 
 Train with the penalty in the loss and plain Adam or SGD; decoupled decay is another objective. PyTorch's weight_decay
-mu is lambda = mu / 2. The sizes of the paper's experiments are in an appendix that could not be read: defaults are ours,
+mu is lambda = mu / 2. The paper gives no sizes that could be read (they are in an appendix): defaults are ours, with
 kinks of the first layer spread over [0, 1] as inputs are to be, the last layer divided by sqrt(M). slope > 0 (leaky
 ReLU) keeps more subnetworks alive at the start; all of the above holds with it.
 """
