@@ -22,6 +22,9 @@ from .base import WeightTransform, require_finite
 class WeightMean(WeightTransform):
     """W - mean(W) of each output; a single weight an output stays as it is."""
 
+    def __init__(self) -> None:  # no options: torch's own constructor would take any
+        super().__init__()
+
     def fit(self, weight: Tensor) -> None:
         require_finite(weight)
 
