@@ -8,10 +8,11 @@ from .integrations import register_when_imported
 from .registry import methods
 from .report import report
 from .training.convert import convert
+from .training.fold import fold
 from .training.prepare import prepare
 
 __version__ = "0.1.0"
 
 register_when_imported()
 
-__all__ = ["Plan", "convert", "load", "methods", "plan", "prepare", "report", "save", "shrink"]
+__all__ = ["Plan", "convert", "fold", "load", "methods", "plan", "prepare", "report", "save", "shrink"]

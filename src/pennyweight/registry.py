@@ -76,4 +76,4 @@ def methods(acts_on: str | None = None) -> list[Entry]:
 
 def load_all() -> None:
     """Import the packages whose modules register methods."""
-    from . import compress, estimators, formats, layers, optim, weights  # noqa: F401
+    from . import compress, estimators, formats, layers, losses, optim, weights  # noqa: F401

@@ -247,10 +247,34 @@ def quantise(module: nn.Module) -> QuantisedLayer:
     return twin
 
 
+def dequantise(layer: QuantisedLayer) -> nn.Module:
+    """Turn a quantised twin without transforms back into the plain layer, in place."""
+    for name in _ROLES:
+        del layer._modules[name]
+    for name in _BUFFERS:
+        del layer._buffers[name]
+    for name in (*_FLAGS, "_channel_axis", "_words"):
+        del vars(layer)[name]
+    cast(Any, layer).__class__ = next(kind for kind, twin in _TWINS.items() if twin is type(layer))
+    return layer
+
+
 def weight_chain(module: nn.Module) -> Any:
     """The ParametrizationList of the module's weight, or None."""
     chains = getattr(module, "parametrizations", None)
     return chains["weight"] if chains is not None and "weight" in chains else None
+
+
+def remove_weight_chain(layer: nn.Module, *, keep_value: bool = False) -> None:
+    """Take the transforms off a layer's weight, which becomes its latent weight or, to keep, what they made of it.
+
+    A copy of a layer shares the class that torch made for its transforms, and removing them takes the weight out of
+    that class: the layer gets one of its own first, so that the copy goes on.
+    """
+    kind = type(layer)
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    cast(Any, layer).__class__ = type(kind.__name__, kind.__bases__, own)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep_value)
 
 
 def last_transform(chain: Any) -> tuple[Any, Tensor]:
@@ -328,7 +352,7 @@ def restore(model: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Te
 
 def _restore_layer(module: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     if weight_chain(module) is not None:  # of a layer that the model itself makes with transforms
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        remove_weight_chain(module, keep_value=True)
     layer = module if isinstance(module, QuantisedLayer) else quantise(module)
     for role in _ROLES:
         if role in found:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from ..compress.observe import evaluating
 from ..errors import PlanError, WeightError
@@ -34,6 +33,7 @@ from ..layers.quantised import (
     QuantisedLinear,
     last_transform,
     remove_modules,
+    remove_weight_chain,
     set_sign_input,
     weight_chain,
     zero_padding,
@@ -65,7 +65,7 @@ def convert(model: nn.Module) -> nn.Module:
         layer = layers[name]
         layer.step_hook = None
         if weight_chain(layer) is not None:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            remove_weight_chain(layer)
         if parts.weight is not None:  # a new parameter: other layers may share the latent one
             layer.weight = nn.Parameter(parts.weight.detach().clone())
         layer.scale = parts.scale

@@ -247,10 +247,13 @@ def _make(name: str, layer: nn.Module, wanted: _Wanted) -> _Made:
                     f"{entry['method']!r} cannot follow {wanted.weight[len(chain) - 1]['method']!r}, which yields "
                     "discrete weights: two weight rules that do not chain; put it first, or exclude the layer from one"
                 )
-            chain.append(make_weight_transform(entry))
-            chain[-1].to(weight.device).fit(weight)
+            transform = make_weight_transform(entry).to(weight.device)
+            transform.fit(weight)
             with torch.no_grad():
-                weight = chain[-1](weight)
+                if not chain and hasattr(transform, "right_inverse"):
+                    weight = cast(Any, transform).right_inverse(weight)
+                weight = transform(weight)
+            chain.append(transform)
         ends = [None if e is None else make_layer_transform(e, layer) for e in (wanted.input, wanted.output)]
         if wanted.hook is not None:
             _try_hook(wanted.hook, cast(Tensor, layer.weight).detach(), chain)

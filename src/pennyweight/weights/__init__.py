@@ -9,7 +9,11 @@ from . import (  # noqa: F401  (importing a method registers it)
     fda,
     lsq,
     pokebnn,
+    psilon,
     statsq,
+    weight_compander,
+    weight_mean,
+    weight_standardization,
 )
 from .base import WeightTransform
 

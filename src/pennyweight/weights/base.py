@@ -1,9 +1,9 @@
 """The contract of a weight transform: one function of one weight tensor, which a layer uses instead of the tensor.
 
 Transforms are registered with torch.nn.utils.parametrize: the layer's latent weight lives on as
-`parametrizations.weight.original` (`original0`, ... where a transform is asked for a `right_inverse`), and
-`layer.weight` is what the chain of transforms makes of it. Axis 0 of a weight is the output (Linear, convolutions) or
-the entry (Embedding).
+`parametrizations.weight.original`, and `layer.weight` is what the chain of transforms makes of it. The first of a chain
+may have a method `right_inverse(weight)`: the latent weight that yields a given one, from which training starts. Axis 0
+of a weight is the output (Linear, convolutions) or the entry (Embedding).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class WeightTransform(nn.Module, ABC):
 
     def fit(self, weight: Tensor) -> None:
         """Set what depends on the weight (scales, steps, shapes) from it; `prepare` calls it once, with the shape and
-        values that `forward` will get. Raises `WeightError` for weights that the method cannot represent.
+        values that `forward` will get (with a `right_inverse`, first of a chain: will yield). Raises `WeightError` for
+        weights that the method cannot represent.
         """
 
     @abstractmethod
