@@ -152,17 +152,20 @@ class Product:
         self._library, self._shape = library, (len(x), len(codes))
         for buffer_type in library.buffer_types():
             with ExitStack() as memory:
-                self._place(memory, kind, codes, np.ascontiguousarray(x, np.float32), buffer_type)
-                if library.c.ggml_backend_supports_op(library.backend, self._y):
+                w, inputs = self._place(memory, kind, buffer_type, x.shape[1])
+                if library.c.ggml_backend_supports_op(library.backend, self._y):  # else the weight may not be set
                     weakref.finalize(self, memory.pop_all().close)
                     break
         else:
             raise RuntimeError(f"ggml {library.version} has no product with {kind} on this processor")
+        x = np.ascontiguousarray(x, np.float32)
+        library.c.ggml_backend_tensor_set(w, codes.ctypes.data, 0, codes.nbytes)  # rearranges it
+        library.c.ggml_backend_tensor_set(inputs, x.ctypes.data, 0, x.nbytes)
         self._check(kind, codes, x)
 
-    def _place(self, memory: ExitStack, kind: str, codes: np.ndarray, x: np.ndarray, buffer_type: int) -> None:
-        """The tensors and the graph of one product, the weight in that buffer type, the rest in plain memory."""
-        c, columns = self._library.c, x.shape[1]
+    def _place(self, memory: ExitStack, kind: str, buffer_type: int, columns: int) -> tuple[int, int]:
+        """The graph of the product and its empty tensors (weight, inputs), the weight in that buffer type."""
+        c, (n, rows) = self._library.c, self._shape
         size = 4 * c.ggml_tensor_overhead() + c.ggml_graph_overhead()
 
         def context() -> int:
@@ -175,15 +178,14 @@ class Product:
             memory.callback(c.ggml_backend_buffer_free, buffer)
 
         held, fed = context(), context()
-        w = c.ggml_new_tensor_2d(held, TYPES[kind], columns, len(codes))
+        w = c.ggml_new_tensor_2d(held, TYPES[kind], columns, rows)
         allocate(held, buffer_type)
-        c.ggml_backend_tensor_set(w, codes.ctypes.data, 0, codes.nbytes)
-        inputs = c.ggml_new_tensor_2d(fed, FLOAT32, columns, len(x))
+        inputs = c.ggml_new_tensor_2d(fed, FLOAT32, columns, n)
         self._y = c.ggml_mul_mat(fed, w, inputs)
         self._graph = c.ggml_new_graph(fed)
         c.ggml_build_forward_expand(self._graph, self._y)
         allocate(fed, c.ggml_backend_cpu_buffer_type())
-        c.ggml_backend_tensor_set(inputs, x.ctypes.data, 0, x.nbytes)
+        return w, inputs
 
     def _check(self, kind: str, codes: np.ndarray, x: np.ndarray) -> None:
         self()
