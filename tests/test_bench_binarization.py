@@ -234,6 +234,18 @@ def test_precision_is_seen_whatever_the_layer_says():
     assert table.operations == 16 * 16 + 32 + 16 * 16 / 64
 
 
+def test_products_inside_a_layer_are_no_layers():
+    class Outer(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return super().forward(self.inner(x).sign())
+
+    assert list(observed_precision(nn.Sequential(Outer(), nn.Linear(4, 2)), torch.randn(3, 4))) == ["0", "1"]
+
+
 # -------------------------------------------------------------------------------------------------------- architectures
 
 

@@ -30,8 +30,11 @@ def observed_precision(model: nn.Module, inputs: Tensor) -> dict[str, Precision]
     watch = _Watch()
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     handles = []
+    taken: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, kinds):
+        inner = any(name.startswith(f"{layer}.") for layer in taken)  # of a layer's input quantiser, say
+        if isinstance(module, kinds) and not inner:
+            taken.append(name)
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.inside.append(name)))
             handles.append(module.register_forward_hook(lambda *_: watch.inside.pop() and None))
     was_training = model.training
