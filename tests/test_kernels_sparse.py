@@ -1,6 +1,7 @@
 """Products with sparse weights: to the bit their reference, on every instruction set, for any threads and any batch."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -220,3 +221,15 @@ def test_a_changed_index_is_refused_or_harmless(field, place, value):
     except ValueError:
         return
     native.linear(np.ones((3, 50), np.float32), None, np.empty((3, 130), np.float32), 1)
+
+
+def test_weights_that_share_their_columns_are_told_apart():
+    mask = torch.eye(8, dtype=torch.bool)
+    one = SparseMatrix.of(mask, torch.ones(8))
+    assert one is not None
+    two = dataclasses.replace(one, values=one.values * 2)
+    x = torch.ones(1, 8, requires_grad=True)  # so that the operators run
+    assert torch.equal(one.linear(x), torch.ones(1, 8))
+    assert torch.equal(two.linear(x), torch.full((1, 8), 2.0))
+    (towards_x,) = torch.autograd.grad(two.linear(x).sum(), x)
+    assert torch.equal(towards_x, torch.full((1, 8), 2.0))

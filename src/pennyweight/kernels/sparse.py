@@ -190,14 +190,15 @@ def linear_reference(matrix: SparseMatrix, x: Tensor, bias: Tensor | None = None
 
 # ------------------------------------------------------------------------------------------------ for torch.compile
 
-_matrices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_matrices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # column -> the rest of the arguments, and the matrix
 
 
 def _matrix(column: Tensor, *rest: Any) -> SparseMatrix:
     """The inverse of `SparseMatrix._arguments`, remembered as long as `column` lives: to check all of it takes time."""
-    if column not in _matrices:
-        _matrices[column] = SparseMatrix(column.detach(), *rest)
-    return _matrices[column]
+    identity = tuple(part.data_ptr() if isinstance(part, Tensor) else part for part in rest)
+    if column not in _matrices or _matrices[column][0] != identity:
+        _matrices[column] = identity, SparseMatrix(column.detach(), *rest)
+    return _matrices[column][1]
 
 
 @torch.library.custom_op("pennyweight::sparse_linear", mutates_args=())
