@@ -16,7 +16,7 @@ from .weights import GpuIntegers
 if TYPE_CHECKING:
     from ..integer import IntegerMatrix
 
-_twins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # codes of a weight -> {device: its twin, or None}
+_twins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # codes -> {(device, the rest): twin or None}
 
 
 def takes(x: Tensor) -> bool:
@@ -36,8 +36,10 @@ def twin(matrix: IntegerMatrix, device: torch.device) -> GpuIntegers | None:
     """
     if matrix.codes not in _twins:
         _twins[matrix.codes] = {}
-    devices = _twins[matrix.codes]
-    if device not in devices:
+    known = _twins[matrix.codes]
+    rest = matrix.arguments()[1:]  # weights may share their codes and differ in their scales
+    key = device, tuple(part.data_ptr() if isinstance(part, Tensor) else str(part) for part in rest)
+    if key not in known:
         made = GpuIntegers.from_matrix(matrix)
-        devices[device] = None if made is None else made.to(device)
-    return devices[device]
+        known[key] = None if made is None else made.to(device)
+    return known[key]
