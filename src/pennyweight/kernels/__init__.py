@@ -69,6 +69,12 @@ def feedback_block_reference(work: Tensor, upper: Tensor, row: Tensor, column: T
     return codes.T.contiguous(), errors.T.contiguous()
 
 
+def needs_operator(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether to make a product by its operator of torch.library, to trace or differentiate it, and add bias apart."""
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and wanted)
+
+
 def tell_once() -> None:
     """Warn, the first time, that the compiled kernels are missing."""
     global _told

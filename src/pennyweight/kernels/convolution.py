@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import needs_operator
 from .integer import ActivationBits, IntegerMatrix, matrix_of
 
 _PATCH_FLOATS = 1 << 18  # gathered at once: 1 MiB
@@ -83,8 +84,7 @@ def convolution(
     positions_first: the order of the matrix's columns; see the module. activation_bits: 8 or 16, to which each patch is
     quantised. Differentiable in x and bias, as if x had not been quantised.
     """
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if not differentiable and not torch.compiler.is_compiling():
+    if not needs_operator(x, bias):
         return _convolution(x, matrix, window, positions_first, bias, activation_bits)
     sizes = (list(window.kernel), list(window.stride), list(window.dilation))
     y = torch.ops.pennyweight.integer_convolution(x, *matrix.arguments(), *sizes, positions_first, activation_bits)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import _cpu, tell_once  # pyright: ignore[reportAttributeAccessIssue]
+from . import _cpu, needs_operator, tell_once  # pyright: ignore[reportAttributeAccessIssue]
 
 BLOCK = 64  # rows that lie together
 MOST_COLUMNS = (1 << 16) - 1
@@ -91,12 +91,9 @@ class SparseMatrix:
 
         On other devices than the CPU torch multiplies by the decoded weight.
         """
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            y = torch.ops.pennyweight.sparse_linear(x, *self._arguments())
-        elif bias is not None and bias.requires_grad and torch.is_grad_enabled():
-            y = self._linear(x)
-        else:
+        if not needs_operator(x, bias):
             return self._linear(x, bias)
+        y = torch.ops.pennyweight.sparse_linear(x, *self._arguments())
         return y if bias is None else y + bias.to(y.dtype)
 
     def _linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

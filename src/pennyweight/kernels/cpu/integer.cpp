@@ -83,7 +83,7 @@ void integer_linear(const Integers &w, const float *x, std::size_t n, const floa
     // 16-bit inputs are read as two signed bytes, of which the larger value is 127 * 256 + 127.
     const double most = activation_bits == 8 ? 127.0 : 32639.0;
     const float largest = static_cast<float>(std::floor(std::max(1.0, std::min(most, 2147483647.0 / std::max(limit, 1.0)))));
-    const bool by_table = w.bits < 8 && n <= few;
+    const bool by_table = w.planes() && n <= few, by_bytes = w.fours() && n <= few;
     const Panels *const panels = n <= few ? nullptr : &k.panels(w.bits, activation_bits);
     const int parts = activation_bits == 8 ? 1 : 2;
     const std::size_t padded = w.padded(), groups = w.groups();
@@ -101,12 +101,13 @@ void integer_linear(const Integers &w, const float *x, std::size_t n, const floa
     std::uint8_t *const tables = room(table_bytes, by_table ? n * parts * padded * 8 : 0);
     Activations a{room(q, n * padded), room(step, n), room(sum, n * groups),
                   w.minimum == nullptr ? nullptr : room(total, n * groups), room(offset, n), padded, groups, nullptr, nullptr, 0};
-    if (panels != nullptr && panels->parts > 0) {
-        // Panels are read in steps of up to 64 columns, which may reach beyond a row; an odd number of cache lines
-        // keeps neighbouring rows out of each other's sets.
+    const int bytes_each = by_bytes ? parts : panels == nullptr ? 0 : panels->parts;
+    if (bytes_each > 0) {
+        // They are read in steps of up to 64 columns, which may reach beyond a row, where the weight's are zero; an odd
+        // number of cache lines keeps neighbouring rows out of each other's sets.
         a.byte_stride = ((padded / 64 + 2) | 1) * 64;
         a.low = room(low, n * a.byte_stride);
-        if (panels->parts > 1) a.high = room(high, n * a.byte_stride);
+        if (bytes_each > 1) a.high = room(high, n * a.byte_stride);
     }
     const std::size_t share = std::max<std::size_t>(1, 16384 / std::max<std::size_t>(padded, 1));
     parallel_for((n + share - 1) / share, n * padded < 65536 ? 1 : threads, [&](std::size_t i) {
@@ -149,6 +150,10 @@ void integer_arrange(const std::int16_t *codes, const Integers &w, std::uint8_t 
             for (std::size_t k = 0; k < w.cols; ++k) {
                 if (w.bits == 8) {
                     block[(k / 2 * block_rows + r) * 2 + k % 2] = static_cast<std::uint8_t>(row[k]);
+                    continue;
+                }
+                if (w.fours()) {
+                    block[(k / w.step() * block_rows + r) * 4 + k % 4] |= static_cast<std::uint8_t>(row[k] << k % w.step() / 4 * w.bits);
                     continue;
                 }
                 for (std::size_t p = 0; p < w.bits; ++p)

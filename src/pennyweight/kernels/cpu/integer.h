@@ -10,10 +10,12 @@ constexpr std::size_t span = 32;        // column bytes (8 columns each) whose s
 // An integer weight [rows, cols] as the kernels read it; kernels/integer.py says what the numbers mean.
 //
 // Rows come in blocks of 64, the last one filled up with zeros; columns are filled up to a multiple of 8.
-//     bits 1..4   planes   [blocks][cols / 8][bits][64] bytes: bit i of a byte is column 8c + i of that plane and row
+//     bits 1, 3   planes   [blocks][cols / 8][bits][64] bytes: bit i of a byte is column 8c + i of that plane and row
+//     bits 2, 4   fours    [blocks][cols / (32 / bits)][64][4] bytes, cols filled up to whole steps: byte j of a step holds its
+//                          columns j, 4 + j, ..., the first of them in its lowest bits
 //     bits 8      bytes    [blocks][cols / 2][64][2] signed bytes
 // What is stored means factor * stored - zero, times the scale.
-// scale, minimum: [blocks][groups][64]. A group has `group` columns, a multiple of 8; the last one may be shorter.
+// scale, minimum: [blocks][groups][64]. A group has `group` columns, a multiple of 8 (of 16 for several groups of 2 bits); the last one may be shorter.
 // Escapes are what bytes cannot hold, to be added to factor * stored - zero, sorted by block: those of block b are start[b] .. start[b+1]-1.
 struct Integers {
     const std::uint8_t *codes;
@@ -25,7 +27,10 @@ struct Integers {
     std::size_t blocks() const { return (rows + block_rows - 1) / block_rows; }
     std::size_t padded() const { return (cols + 7) / 8 * 8; }
     std::size_t groups() const { return (padded() + group - 1) / group; }
-    std::size_t block_bytes() const { return padded() * block_rows * bits / 8; }
+    bool planes() const { return bits % 2 == 1; }
+    bool fours() const { return bits == 2 || bits == 4; }
+    std::size_t step() const { return fours() ? 32 / bits : 8; }  // columns that cannot be stored apart
+    std::size_t block_bytes() const { return (cols + step() - 1) / step() * step() * block_rows * bits / 8; }
     const std::uint8_t *block(std::size_t b) const { return codes + b * block_bytes(); }
 };
 
@@ -37,7 +42,7 @@ struct Activations {
     float *total;             // [rows][groups] of the unquantised x; null unless there is a minimum
     float *offset;            // [rows] x times the column offsets
     std::size_t stride, groups;
-    std::int8_t *low, *high;  // q as signed bytes, low + 256 * high, rows `byte_stride` apart; null where panels need none
+    std::int8_t *low, *high;  // q as signed bytes, low + 256 * high, rows `byte_stride` apart; null where nothing needs them
     std::size_t byte_stride;
 };
 
@@ -61,8 +66,8 @@ struct IntegerKernels {
     // Sums of four columns for each of the 16 choices of them: [cols / 4][fine bytes 16, coarse bytes 16].
     // part 0: of q; 1: of its low byte, as a signed number; 2: of what remains, in units of 256.
     void (*tables)(const std::int16_t *q, std::size_t cols, int part, std::uint8_t *out);
-    // y[64] += the block's product with input m, in units of its step; by its tables where the weight has planes. Two
-    // parts, 1 and 2, lie one behind the other.
+    // y[64] += the block's product with input m, in units of its step: planes by its tables, of which two parts, 1 and 2,
+    // lie one behind the other; fours by a.low and, with two parts, a.high; bytes by a.q.
     void (*one_input)(const Integers &, std::size_t block, const Activations &, std::size_t m, const std::uint8_t *tables, int parts, float *y);
     // The quickest way to multiply weights of so many bits with many inputs of 8 or 16 bits.
     const Panels &(*panels)(std::size_t bits, int activation_bits);
@@ -79,7 +84,7 @@ void integer_linear(const Integers &, const float *x, std::size_t n, const float
 // The decoded rows first .. last-1, float32 [last - first][cols].
 void integer_decode(const Integers &, std::size_t first, std::size_t last, float *out, unsigned threads);
 
-// Arranges codes [rows][cols] as above: 0 .. 2^bits - 1 for planes, signed bytes for 8 bits.
+// Arranges codes [rows][cols] as above: 0 .. 2^bits - 1 for planes and fours, signed bytes for 8 bits.
 void integer_arrange(const std::int16_t *codes, const Integers &shape, std::uint8_t *out, unsigned threads);
 
 // Codes of 1..16 bits, packed without gaps from the start of each row, least significant bit first (formats/bits.py):

@@ -137,8 +137,8 @@ PENNYWEIGHT_INLINE void add_plane(const std::uint8_t *codes, std::size_t stride,
     }
 }
 
-// acc += (planes . q + offset) << shift for column bytes first .. last-1, by tables of one input
-PENNYWEIGHT_INLINE void look_up(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, std::size_t shift, std::uint32_t *acc) {
+// acc += (or, if fresh, =) (planes . q + offset) << shift for column bytes first .. last-1, by tables of one input
+PENNYWEIGHT_INLINE void look_up(const std::uint8_t *block, std::size_t bits, std::size_t first, std::size_t last, const std::uint8_t *tables, std::size_t shift, bool fresh, std::uint32_t *acc) {
     const std::size_t stride = bits * block_rows;
     const std::size_t together = last - first <= short_span ? 2 : 1;  // planes that share their 16-bit sums
     for (std::size_t stop; first < last; first = stop) {
@@ -157,16 +157,20 @@ PENNYWEIGHT_INLINE void look_up(const std::uint8_t *block, std::size_t bits, std
             add_plane(codes, stride, tables + first * 64, stop - first, low, high);
             alignas(64) std::uint16_t sums[block_rows];
             for (std::size_t v = 0; v < vectors; ++v) store_interleaved(reinterpret_cast<std::int16_t *>(sums) + v * width, low[v], high[v]);
-            for (std::size_t r = 0; r < block_rows; ++r) acc[r] += static_cast<std::uint32_t>(sums[r]) << (plane + shift);
+            if (fresh)
+                for (std::size_t r = 0; r < block_rows; ++r) acc[r] = static_cast<std::uint32_t>(sums[r]) << (plane + shift);
+            else
+                for (std::size_t r = 0; r < block_rows; ++r) acc[r] += static_cast<std::uint32_t>(sums[r]) << (plane + shift);
+            fresh = false;
         }
     }
 }
 
-// acc += bytes . q for column pairs first .. last-1 of one input
+// acc = bytes . q for column pairs first .. last-1 of one input
 PENNYWEIGHT_INLINE void dot_bytes(const std::uint8_t *block, std::size_t first, std::size_t last, const std::int16_t *q, std::uint32_t *acc) {
     constexpr std::size_t all = block_rows / lanes;
     V sum[all];
-    for (std::size_t v = 0; v < all; ++v) sum[v] = load(acc + v * lanes);
+    for (std::size_t v = 0; v < all; ++v) sum[v] = zero();
     for (std::size_t k = first; k < last; ++k) {
         const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(block) + k * 2 * block_rows;
         const V x = broadcast32(q + 2 * k);
@@ -175,14 +179,51 @@ PENNYWEIGHT_INLINE void dot_bytes(const std::uint8_t *block, std::size_t first, 
     for (std::size_t v = 0; v < all; ++v) store(acc + v * lanes, sum[v]);
 }
 
-// y[64] += scale[64] * (factor * acc[64] - zero_sum), + minimum[64] * total; acc is cleared
-PENNYWEIGHT_INLINE void add_group(const float *scale, const float *minimum, std::uint32_t factor, std::uint32_t zero_sum, float total, std::uint32_t *acc, float *y) {
+// acc += (or, if fresh, =) (fours . x) << shift for columns first .. last-1 of one input, whose bytes x are: a step takes all
+// the codes of four bytes of a row, those of two bits in their nibbles' upper half fourfold.
+template <std::size_t Bits>
+static void multiply_fours(const Integers &w, std::size_t b, std::size_t first, std::size_t last, const std::int8_t *x, int shift, bool fresh, std::uint32_t *acc) {
+    constexpr std::size_t step = 32 / Bits, kinds = Bits == 2 ? 2 : 1, all = block_rows / lanes, at_once = width == 64 ? 4 : 4 / kinds;  // what the registers hold
+    const std::size_t steps = (last - first + step - 1) / step;
+#if defined(PENNYWEIGHT_VNNI)
+    const std::size_t together = steps;
+#else
+    constexpr std::size_t together = Bits == 2 ? 32767 / (2 * 128 * 12) / 2 : 32767 / (2 * 128 * 15) / 2;
+#endif
+    const std::uint8_t *const block = w.block(b) + first / step * block_rows * 4;
+    alignas(64) std::uint32_t sums[2][block_rows];
+    for (std::size_t v = 0; v < all; v += at_once)
+        for (std::size_t done = 0, stop; done < steps; done = stop) {
+            stop = smaller(steps, done + together);
+            V sum[kinds][at_once];
+            for (std::size_t i = 0; i < kinds; ++i)
+                for (std::size_t r = 0; r < at_once; ++r) sum[i][r] = Fours::begin(sums[i] + (v + r) * lanes, done == 0);
+            for (std::size_t s = done; s < stop; ++s) {
+                const std::uint8_t *const from = block + s * block_rows * 4 + v * width;
+                const std::int8_t *const at = x + first + s * step;
+                if constexpr (Bits == 2) {
+                    const V q0 = broadcast32(at), q1 = broadcast32(at + 4), q2 = broadcast32(at + 8), q3 = broadcast32(at + 12);
+                    for (std::size_t r = 0; r < at_once; ++r) {
+                        const V low = load(from + r * width), high = high_nibbles(low);
+                        sum[0][r] = settled(Fours::add(Fours::add(sum[0][r], masked(low, 3), q0), masked(high, 3), q2));
+                        sum[1][r] = settled(Fours::add(Fours::add(sum[1][r], masked(low, 12), q1), masked(high, 12), q3));
+                    }
+                } else {
+                    const V q0 = broadcast32(at), q1 = broadcast32(at + 4);
+                    for (std::size_t r = 0; r < at_once; ++r) {
+                        const V code = load(from + r * width);
+                        sum[0][r] = settled(Fours::add(Fours::add(sum[0][r], low_nibbles(code), q0), high_nibbles(code), q1));
+                    }
+                }
+            }
+            for (std::size_t i = 0; i < kinds; ++i)
+                for (std::size_t r = 0; r < at_once; ++r) Fours::end(sum[i][r], sums[i] + (v + r) * lanes, done == 0);
+        }
     for (std::size_t r = 0; r < block_rows; ++r) {
-        y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>(factor * acc[r] - zero_sum));
-        acc[r] = 0;
+        std::uint32_t sum = sums[0][r];
+        if constexpr (Bits == 2) sum += static_cast<std::uint32_t>(static_cast<std::int32_t>(sums[1][r]) >> 2);
+        acc[r] = fresh ? sum : acc[r] + (sum << shift);
     }
-    if (minimum != nullptr)
-        for (std::size_t r = 0; r < block_rows; ++r) y[r] += minimum[r] * total;
 }
 
 // Totals are in units of x, all else in units of the row's step.
@@ -190,40 +231,46 @@ PENNYWEIGHT_INLINE float total_of(const Integers &w, const Activations &a, std::
     return w.minimum == nullptr || a.step[m] == 0.0f ? 0.0f : a.total[m * a.groups + g] / a.step[m];
 }
 
+// y[64] += what acc[64] means in a group, from which factor * acc counts what is stored too high by zero_sum
+PENNYWEIGHT_INLINE void add_group(const Integers &w, const Activations &a, std::size_t b, std::size_t g, std::size_t m, std::uint32_t zero_sum, const std::uint32_t *__restrict acc, float *__restrict y) {
+    const std::size_t at = (b * a.groups + g) * block_rows;
+    const float *__restrict const scale = w.scale + at;
+    const unsigned doubled = static_cast<unsigned>(w.factor - 1);  // shifts are quicker than products
+    for (std::size_t r = 0; r < block_rows; ++r)
+        y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>((acc[r] << doubled) - zero_sum));
+    if (w.minimum == nullptr) return;
+    const float *__restrict const minimum = w.minimum + at;
+    const float total = total_of(w, a, m, g);
+    for (std::size_t r = 0; r < block_rows; ++r) y[r] += minimum[r] * total;
+}
+
 static void one_input(const Integers &w, std::size_t b, const Activations &a, std::size_t m, const std::uint8_t *tables, int parts, float *y) {
     const std::uint8_t *block = w.block(b);
     const std::size_t padded = w.padded();
     const std::uint32_t factor = static_cast<std::uint32_t>(w.factor), zero_code = static_cast<std::uint32_t>(w.zero);
-    alignas(64) std::uint32_t acc[block_rows] = {};
     for (std::size_t g = 0; g < a.groups; ++g) {
         const std::size_t first = g * w.group, last = smaller(first + w.group, padded);
         std::uint32_t zero_sum = zero_code * a.sum[m * a.groups + g];
+        alignas(64) std::uint32_t acc[block_rows];
         if (w.bits == 8) {
             dot_bytes(block, first / 2, last / 2, a.q + m * a.stride, acc);
+        } else if (w.fours()) {
+            const auto multiply = w.bits == 2 ? multiply_fours<2> : multiply_fours<4>;
+            multiply(w, b, first, last, a.low + m * a.byte_stride, 0, true, acc);
+            if (parts == 2) multiply(w, b, first, last, a.high + m * a.byte_stride, 8, false, acc);
         } else {
-            look_up(block, w.bits, first / 8, last / 8, tables, 0, acc);
-            if (parts == 2) look_up(block, w.bits, first / 8, last / 8, tables + padded * 8, 8, acc);
+            look_up(block, w.bits, first / 8, last / 8, tables, 0, true, acc);
+            if (parts == 2) look_up(block, w.bits, first / 8, last / 8, tables + padded * 8, 8, false, acc);
             zero_sum += factor * offset_of(last - first, w.bits, parts);
         }
-        const std::size_t at = (b * a.groups + g) * block_rows;
-        add_group(w.scale + at, w.minimum == nullptr ? nullptr : w.minimum + at, factor, zero_sum, total_of(w, a, m, g), acc, y);
+        add_group(w, a, b, g, m, zero_sum, acc, y);
     }
 }
 
-static void end_group(const Integers &w, std::size_t b, std::size_t g, std::int32_t shift, const Activations &a, std::size_t first, std::size_t last, const std::uint32_t *__restrict acc, float *__restrict y) {
-    const std::size_t at = (b * a.groups + g) * block_rows;
-    const float *__restrict const scale = w.scale + at;
-    const unsigned doubled = static_cast<unsigned>(w.factor - 1);  // shifts are quicker than products
+static void end_group(const Integers &w, std::size_t b, std::size_t g, std::int32_t shift, const Activations &a, std::size_t first, std::size_t last, const std::uint32_t *acc, float *y) {
     const std::uint32_t zero_code = static_cast<std::uint32_t>(w.zero + w.factor * shift);
-    for (std::size_t m = first; m < last; ++m, acc += block_rows, y += block_rows) {
-        const std::uint32_t zero_sum = zero_code * a.sum[m * a.groups + g];
-        for (std::size_t r = 0; r < block_rows; ++r)
-            y[r] += scale[r] * static_cast<float>(static_cast<std::int32_t>((acc[r] << doubled) - zero_sum));
-        if (w.minimum == nullptr) continue;
-        const float *__restrict const minimum = w.minimum + at;
-        const float total = total_of(w, a, m, g);
-        for (std::size_t r = 0; r < block_rows; ++r) y[r] += minimum[r] * total;
-    }
+    for (std::size_t m = first; m < last; ++m, acc += block_rows, y += block_rows)
+        add_group(w, a, b, g, m, zero_code * a.sum[m * a.groups + g], acc, y);
 }
 
 PENNYWEIGHT_INLINE std::int32_t byte_at(const Integers &w, std::size_t b, std::size_t r, std::size_t k) {
@@ -239,25 +286,24 @@ PENNYWEIGHT_INLINE float value_of(const Integers &w, std::int32_t code, std::siz
 }
 
 static void decode(const Integers &w, std::size_t b, std::size_t first, std::size_t last, float *out, std::size_t stride) {
-    const std::size_t groups = w.groups(), padded = w.padded();
+    const std::size_t groups = w.groups(), padded = w.padded(), near = w.fours() ? 4 : 2;  // columns whose codes lie together
     alignas(64) std::uint8_t unpacked[8 * block_rows];
-    alignas(64) float values[block_rows * 2][4];  // [row, column of the pair][pair]
+    alignas(64) float values[block_rows * 8];  // [8 / near][row][near]
     for (std::size_t k0 = 0; k0 < padded; k0 += 8) {
         const std::size_t at = (b * groups + k0 / w.group) * block_rows, count = smaller(8, w.cols - k0);
-        const std::uint8_t *bytes = w.block(b) + k0 * block_rows;
-        if (w.bits < 8) {
-            unpack(w.block(b), w.bits, k0 / 8, k0 / 8 + 1, unpacked);
-            bytes = unpacked;
+        const std::uint8_t *bytes = w.bits == 8 ? w.block(b) + k0 * block_rows : unpacked;
+        if (w.planes()) unpack(w.block(b), w.bits, k0 / 8, k0 / 8 + 1, unpacked);
+        for (std::size_t k = 0; w.fours() && k < 8; k += 4) {
+            const Four four(w, b, k0 + k);
+            for (std::size_t i = 0; i < 4 * block_rows; i += width) store(unpacked + k * block_rows + i, bits_at(load(four.bytes + i), four.shift, four.mask));
         }
         const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(bytes);
-        for (std::size_t pair = 0; pair < 4; ++pair)
-            for (std::size_t i = 0; i < 2 * block_rows; ++i)
-                values[i][pair] = static_cast<float>(w.factor * codes[pair * 2 * block_rows + i] - w.zero);
+        for (std::size_t i = 0; i < 8 * block_rows; ++i) values[i] = static_cast<float>(w.factor * codes[i] - w.zero);
         for (std::size_t r = first; r < last; ++r) {
             const float scale = w.scale[at + r];
             float *row = out + (r - first) * stride + k0;
             for (std::size_t k = 0; k < count; ++k) {
-                float value = values[2 * r + k % 2][k / 2] * scale;
+                float value = values[(k / near * block_rows + r) * near + k % near] * scale;
                 if (w.column_scale != nullptr) value *= w.column_scale[k0 + k];
                 if (w.minimum != nullptr) value += w.minimum[at + r];
                 if (w.column_offset != nullptr) value += w.column_offset[k0 + k];

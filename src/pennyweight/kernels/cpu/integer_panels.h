@@ -31,8 +31,8 @@ static void unpack_planes(const std::uint8_t *planes, std::size_t first, std::si
             V plane[Bits], both[4];  // codes of columns i and i + 4, in the nibbles of a byte
             for (std::size_t p = 0; p < Bits; ++p) plane[p] = load(planes + (c * Bits + p) * block_rows + v * width);
             for (int i = 0; i < 4; ++i) {
-                both[i] = nibble_bits(plane[0], i);
-                for (std::size_t p = 1; p < Bits; ++p) both[i] = or_shifted(both[i], nibble_bits(plane[p], i), static_cast<int>(p));
+                both[i] = bits_at(plane[0], i, 17);
+                for (std::size_t p = 1; p < Bits; ++p) both[i] = or_shifted(both[i], bits_at(plane[p], i, 17), static_cast<int>(p));
             }
             for (std::size_t pair = 0; pair < 4; ++pair) {
                 const V left = both[pair % 2 * 2], right = both[pair % 2 * 2 + 1];
@@ -44,18 +44,31 @@ static void unpack_planes(const std::uint8_t *planes, std::size_t first, std::si
 }
 
 static void unpack(const std::uint8_t *planes, std::size_t bits, std::size_t first, std::size_t last, std::uint8_t *out) {
-    switch (bits) {
-        case 1: return unpack_planes<1>(planes, first, last, out);
-        case 2: return unpack_planes<2>(planes, first, last, out);
-        case 3: return unpack_planes<3>(planes, first, last, out);
-        default: return unpack_planes<4>(planes, first, last, out);
-    }
+    return bits == 1 ? unpack_planes<1>(planes, first, last, out) : unpack_planes<3>(planes, first, last, out);
 }
 
+// Where fours hold columns k .. k+3 of a block, and how far their codes are to be shifted down.
+struct Four {
+    const std::uint8_t *bytes;
+    int shift, mask;
+    Four(const Integers &w, std::size_t b, std::size_t k)
+        : bytes(w.block(b) + k / w.step() * block_rows * 4), shift(static_cast<int>(k % w.step() / 4 * w.bits)), mask((1 << w.bits) - 1) {}
+};
+
 // A panel is [units][steps][unit][4 bytes]: a step takes four bytes of every input, two columns as int16 or four as bytes.
-// `Kind::step` makes one of some unit from the arrangement of 8 bits.
+// `Kind::step` makes one of some unit from the arrangement of 8 bits, `Kind::four` what takes the four columns of two vectors.
 template <typename Kind>
 PENNYWEIGHT_INLINE void arrange_as(const Integers &w, std::size_t b, std::size_t first, std::size_t last, std::size_t steps, std::uint8_t *out) {
+    const auto to = [&](std::size_t u, std::size_t k) { return out + (u * steps + (k - first) / Kind::columns) * 2 * width; };
+    if (w.fours()) {
+        for (std::size_t k = first; k < last; k += 4) {
+            const Four four(w, b, k);
+            for (std::size_t u = 0; u < units; ++u)
+                Kind::four(bits_at(load(four.bytes + u * 2 * width), four.shift, four.mask),
+                           bits_at(load(four.bytes + (2 * u + 1) * width), four.shift, four.mask), to(u, k));
+        }
+        return;
+    }
     constexpr std::size_t some = 32;  // columns unpacked at once
     alignas(64) std::uint8_t unpacked[some * block_rows];
     for (std::size_t k0 = first; k0 < last; k0 += some) {
@@ -67,7 +80,7 @@ PENNYWEIGHT_INLINE void arrange_as(const Integers &w, std::size_t b, std::size_t
         }
         for (std::size_t u = 0; u < units; ++u)
             for (std::size_t k = k0; k < k1; k += Kind::columns)
-                Kind::step(bytes + (k - k0) * block_rows + u * width, out + (u * steps + (k - first) / Kind::columns) * 2 * width);
+                Kind::step(bytes + (k - k0) * block_rows + u * width, to(u, k));
     }
 }
 
@@ -120,6 +133,12 @@ struct Pairs {
     PENNYWEIGHT_INLINE void step(const std::uint8_t *from, std::uint8_t *to) {
         for (std::size_t half = 0; half < 2; ++half) store(to + half * width, widen(reinterpret_cast<const std::int8_t *>(from) + half * width / 2));
     }
+    PENNYWEIGHT_INLINE void four(V first, V second, std::uint8_t *to) {
+        for (int pair = 0; pair < 2; ++pair, to += 2 * width) {
+            store(to, pair_of(first, pair));
+            store(to + width, pair_of(second, pair));
+        }
+    }
     PENNYWEIGHT_INLINE V begin(const std::uint32_t *acc, bool fresh) { return fresh ? zero() : load(acc); }
     PENNYWEIGHT_INLINE V add(V sum, V weight, V q) { return multiply(sum, weight, q); }
     PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc, bool) { store(acc, sum); }
@@ -127,13 +146,15 @@ struct Pairs {
 
 constexpr Panels pairs = {0, 0, arrange<Pairs>, multiply_panel<Pairs>};
 
-#if defined(PENNYWEIGHT_AVX512) || defined(PENNYWEIGHT_AVX2)
-
 // Fours of unsigned bytes times signed ones. What is stored is unsigned up to 4 bits; at 8 bits it takes a shift by 128.
 struct Fours {
     static constexpr std::size_t columns = 4;
     static std::size_t stride(const Activations &a) { return a.byte_stride; }
     static const std::uint8_t *inputs(const Activations &a) { return reinterpret_cast<const std::uint8_t *>(a.low); }
+    PENNYWEIGHT_INLINE void four(V first, V second, std::uint8_t *to) {
+        store(to, first);
+        store(to + width, second);
+    }
     PENNYWEIGHT_INLINE void step(const std::uint8_t *from, std::uint8_t *to) {
         const V first = load(from), second = load(from + 2 * block_rows);
         store_interleaved(reinterpret_cast<std::int16_t *>(to), interleave16_low(first, second), interleave16_high(first, second));
@@ -145,7 +166,7 @@ struct Fours {
     PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc, bool) { store(acc, sum); }
 #else
     // Sums of two products in 16 bits: so many of them fit, whatever the codes and inputs are.
-    static std::size_t span(std::size_t bits) { return 32767 / (2 * 127 * ((std::size_t(1) << bits) - 1)); }
+    static std::size_t span(std::size_t bits) { return 32767 / (2 * 128 * ((std::size_t(1) << bits) - 1)); }
     PENNYWEIGHT_INLINE V begin(const std::uint32_t *, bool) { return zero(); }
     PENNYWEIGHT_INLINE V add(V sum, V weight, V q) { return multiply8(sum, weight, q); }
     PENNYWEIGHT_INLINE void end(V sum, std::uint32_t *acc, bool fresh) { store(acc, multiply(fresh ? zero() : load(acc), sum, all16(1))); }
@@ -163,8 +184,6 @@ struct ShiftedFours : Fours {
 };
 
 constexpr Panels shifted_fours = {1, 128, arrange<ShiftedFours>, multiply_panel<ShiftedFours>};
-#endif
-
 #endif
 
 #if defined(PENNYWEIGHT_AMX)
@@ -252,15 +271,13 @@ constexpr Panels tiles_of_two_bytes = {2, 0, arrange_tiles, multiply_tiles<2>};
 #endif
 
 static const Panels &panels(std::size_t bits, int activation_bits) {
-    static_cast<void>(bits), static_cast<void>(activation_bits);
 #if defined(PENNYWEIGHT_AMX)
+    static_cast<void>(bits);
     return activation_bits == 8 ? tiles_of_bytes : tiles_of_two_bytes;
 #elif defined(PENNYWEIGHT_VNNI)
     return activation_bits != 8 ? pairs : bits == 8 ? shifted_fours : fours;
-#elif defined(PENNYWEIGHT_AVX512) || defined(PENNYWEIGHT_AVX2)
-    return activation_bits == 8 && bits < 8 ? fours : pairs;
 #else
-    return pairs;
+    return activation_bits == 8 && bits < 8 ? fours : pairs;
 #endif
 }
 

@@ -11,11 +11,13 @@
 //     table      sixteen bytes, as `lookup` wants them
 //     interleave sixteen-bit values from low and high bytes, stored in the order of the bytes (2 * width bytes)
 //     join       fine + 32 * coarse of the bytes that `interleave` would bring together, up to 32767, as int16
-//     nibble_bits bits k (below 4) and k + 4 of each byte, as the lowest of its nibbles
+//     masked     of each byte the bits that a mask has
+//     bits_at    each byte >> k, of which the bits of a mask are wanted that came from within the byte
+//     pair_of    bytes 2k and 2k + 1 (k 0 or 1) of each int32 as two int16 that are not negative
 //     or_shifted a | b << k, where no byte of b has bits that would cross into the next
 //     add8       sums of bytes
-//     multiply8  x86 alone: unsigned bytes of a times signed bytes of b. With VNNI acc + the sums of four in the int32 of acc,
-//                without it acc + the sums of two in the int16 of acc, which must fit
+//     multiply8  bytes of a times signed bytes of b. With VNNI acc + the sums of four in the int32 of acc, a unsigned; without
+//                it acc + the sums of two in the int16 of acc, which must fit, a below 128
 //     multiply   acc + a[2i] * b[2i] + a[2i+1] * b[2i+1] for each of the int32 of acc; wraps around
 //     widen      width/2 signed bytes -> int16
 //     settled    v, which the compiler must have computed by now: sums it may regroup at will do not fit the registers
@@ -49,9 +51,9 @@ PENNYWEIGHT_INLINE V table(const std::uint8_t *from) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
 }
 PENNYWEIGHT_INLINE V lookup(V table, V index) { return _mm512_shuffle_epi8(table, index); }
-PENNYWEIGHT_INLINE V low_nibbles(V v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-PENNYWEIGHT_INLINE V high_nibbles(V v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
-PENNYWEIGHT_INLINE V nibble_bits(V v, int k) { return _mm512_and_si512(_mm512_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm512_set1_epi8(17)); }
+PENNYWEIGHT_INLINE V masked(V v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask))); }
+PENNYWEIGHT_INLINE V high_nibbles(V v) { return masked(_mm512_srli_epi16(v, 4), 15); }
+PENNYWEIGHT_INLINE V bits_at(V v, int k, int mask) { return masked(_mm512_srl_epi16(v, _mm_cvtsi32_si128(k)), mask); }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) { return _mm512_or_si512(a, _mm512_sll_epi16(b, _mm_cvtsi32_si128(k))); }
 PENNYWEIGHT_INLINE V add8(V a, V b) { return _mm512_add_epi8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
@@ -83,6 +85,10 @@ PENNYWEIGHT_INLINE V multiply8(V acc, V a, V b) {
 #endif
 }
 PENNYWEIGHT_INLINE V all16(int value) { return _mm512_set1_epi16(static_cast<short>(value)); }
+PENNYWEIGHT_INLINE V pair_of(V v, int k) {
+    const __m128i places = _mm_add_epi8(_mm_setr_epi8(0, -128, 1, -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13, -128), _mm_set1_epi8(static_cast<char>(2 * k)));
+    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(places));
+}
 PENNYWEIGHT_INLINE V broadcast32(const void *from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -102,9 +108,9 @@ PENNYWEIGHT_INLINE V table(const std::uint8_t *from) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
 }
 PENNYWEIGHT_INLINE V lookup(V table, V index) { return _mm256_shuffle_epi8(table, index); }
-PENNYWEIGHT_INLINE V low_nibbles(V v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-PENNYWEIGHT_INLINE V high_nibbles(V v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
-PENNYWEIGHT_INLINE V nibble_bits(V v, int k) { return _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(k)), _mm256_set1_epi8(17)); }
+PENNYWEIGHT_INLINE V masked(V v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(mask))); }
+PENNYWEIGHT_INLINE V high_nibbles(V v) { return masked(_mm256_srli_epi16(v, 4), 15); }
+PENNYWEIGHT_INLINE V bits_at(V v, int k, int mask) { return masked(_mm256_srl_epi16(v, _mm_cvtsi32_si128(k)), mask); }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) { return _mm256_or_si256(a, _mm256_sll_epi16(b, _mm_cvtsi32_si128(k))); }
 PENNYWEIGHT_INLINE V add8(V a, V b) { return _mm256_add_epi8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
@@ -122,6 +128,10 @@ PENNYWEIGHT_INLINE void store_interleaved(std::int16_t *to, V low, V high) {
 PENNYWEIGHT_INLINE V multiply(V acc, V a, V b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 PENNYWEIGHT_INLINE V multiply8(V acc, V a, V b) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b)); }
 PENNYWEIGHT_INLINE V all16(int value) { return _mm256_set1_epi16(static_cast<short>(value)); }
+PENNYWEIGHT_INLINE V pair_of(V v, int k) {
+    const __m128i places = _mm_add_epi8(_mm_setr_epi8(0, -128, 1, -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13, -128), _mm_set1_epi8(static_cast<char>(2 * k)));
+    return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(places));
+}
 PENNYWEIGHT_INLINE V broadcast32(const void *from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -139,14 +149,16 @@ PENNYWEIGHT_INLINE void store(void *to, V v) { vst1q_u8(static_cast<std::uint8_t
 PENNYWEIGHT_INLINE V zero() { return vdupq_n_u8(0); }
 PENNYWEIGHT_INLINE V table(const std::uint8_t *from) { return vld1q_u8(from); }
 PENNYWEIGHT_INLINE V lookup(V table, V index) { return vqtbl1q_u8(table, index); }
-PENNYWEIGHT_INLINE V low_nibbles(V v) { return vandq_u8(v, vdupq_n_u8(15)); }
+PENNYWEIGHT_INLINE V masked(V v, int mask) { return vandq_u8(v, vdupq_n_u8(static_cast<std::uint8_t>(mask))); }
 PENNYWEIGHT_INLINE V high_nibbles(V v) { return vshrq_n_u8(v, 4); }
-PENNYWEIGHT_INLINE V nibble_bits(V v, int k) { return vandq_u8(vshlq_u8(v, vdupq_n_s8(static_cast<std::int8_t>(-k))), vdupq_n_u8(17)); }
+PENNYWEIGHT_INLINE V bits_at(V v, int k, int mask) { return masked(vshlq_u8(v, vdupq_n_s8(static_cast<std::int8_t>(-k))), mask); }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) { return vorrq_u8(a, vshlq_u8(b, vdupq_n_s8(static_cast<std::int8_t>(k)))); }
 PENNYWEIGHT_INLINE V add8(V a, V b) { return vaddq_u8(a, b); }
 PENNYWEIGHT_INLINE V all8(int value) { return vdupq_n_u8(static_cast<std::uint8_t>(value)); }
 PENNYWEIGHT_INLINE V interleave_low(V low, V high) { return vzip1q_u8(low, high); }
 PENNYWEIGHT_INLINE V interleave_high(V low, V high) { return vzip2q_u8(low, high); }
+PENNYWEIGHT_INLINE V interleave16_low(V low, V high) { return vreinterpretq_u8_u16(vzip1q_u16(vreinterpretq_u16_u8(low), vreinterpretq_u16_u8(high))); }
+PENNYWEIGHT_INLINE V interleave16_high(V low, V high) { return vreinterpretq_u8_u16(vzip2q_u16(vreinterpretq_u16_u8(low), vreinterpretq_u16_u8(high))); }
 PENNYWEIGHT_INLINE V add16(V a, V b) {
     return vreinterpretq_u8_u16(vaddq_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));
 }
@@ -162,6 +174,17 @@ PENNYWEIGHT_INLINE V multiply(V acc, V a, V b) {
     const int16x8_t x = vreinterpretq_s16_u8(a), y = vreinterpretq_s16_u8(b);
     const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
     return vreinterpretq_u8_s32(vaddq_s32(vreinterpretq_s32_u8(acc), vpaddq_s32(low, high)));
+}
+PENNYWEIGHT_INLINE V multiply8(V acc, V a, V b) {
+    const int8x16_t x = vreinterpretq_s8_u8(a), y = vreinterpretq_s8_u8(b);
+    const int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_high_s8(x, y);
+    return vreinterpretq_u8_s16(vaddq_s16(vreinterpretq_s16_u8(acc), vpaddq_s16(low, high)));
+}
+PENNYWEIGHT_INLINE V all16(int value) { return vreinterpretq_u8_s16(vdupq_n_s16(static_cast<std::int16_t>(value))); }
+PENNYWEIGHT_INLINE V pair_of(V v, int k) {
+    const std::uint8_t none = 128;
+    const std::uint8_t places[16] = {0, none, 1, none, 4, none, 5, none, 8, none, 9, none, 12, none, 13, none};
+    return vqtbl1q_u8(v, vaddq_u8(vld1q_u8(places), vdupq_n_u8(static_cast<std::uint8_t>(2 * k))));
 }
 PENNYWEIGHT_INLINE V broadcast32(const void *from) {
     std::uint32_t pair;
@@ -188,16 +211,16 @@ PENNYWEIGHT_INLINE V lookup(V table, V index) {
     for (int i = 0; i < 16; ++i) v.byte[i] = table.byte[index.byte[i] & 15];
     return v;
 }
-PENNYWEIGHT_INLINE V low_nibbles(V v) {
-    for (int i = 0; i < 16; ++i) v.byte[i] &= 15;
+PENNYWEIGHT_INLINE V masked(V v, int mask) {
+    for (int i = 0; i < 16; ++i) v.byte[i] = static_cast<std::uint8_t>(v.byte[i] & mask);
     return v;
 }
 PENNYWEIGHT_INLINE V high_nibbles(V v) {
     for (int i = 0; i < 16; ++i) v.byte[i] >>= 4;
     return v;
 }
-PENNYWEIGHT_INLINE V nibble_bits(V v, int k) {
-    for (int i = 0; i < 16; ++i) v.byte[i] = v.byte[i] >> k & 17;
+PENNYWEIGHT_INLINE V bits_at(V v, int k, int mask) {
+    for (int i = 0; i < 16; ++i) v.byte[i] = static_cast<std::uint8_t>(v.byte[i] >> k & mask);
     return v;
 }
 PENNYWEIGHT_INLINE V or_shifted(V a, V b, int k) {
@@ -223,6 +246,16 @@ PENNYWEIGHT_INLINE V interleave(const std::uint8_t *low, const std::uint8_t *hig
 }
 PENNYWEIGHT_INLINE V interleave_low(V low, V high) { return interleave(low.byte, high.byte); }
 PENNYWEIGHT_INLINE V interleave_high(V low, V high) { return interleave(low.byte + 8, high.byte + 8); }
+PENNYWEIGHT_INLINE V interleave16(const std::uint8_t *low, const std::uint8_t *high) {
+    V v;
+    for (int i = 0; i < 4; ++i) {
+        std::memcpy(v.byte + 4 * i, low + 2 * i, 2);
+        std::memcpy(v.byte + 4 * i + 2, high + 2 * i, 2);
+    }
+    return v;
+}
+PENNYWEIGHT_INLINE V interleave16_low(V low, V high) { return interleave16(low.byte, high.byte); }
+PENNYWEIGHT_INLINE V interleave16_high(V low, V high) { return interleave16(low.byte + 8, high.byte + 8); }
 PENNYWEIGHT_INLINE V add16(V a, V b) {
     for (int i = 0; i < 8; ++i) {
         std::uint16_t x, y;
@@ -259,6 +292,29 @@ PENNYWEIGHT_INLINE V multiply(V acc, V a, V b) {
     }
     return acc;
 }
+PENNYWEIGHT_INLINE V multiply8(V acc, V a, V b) {
+    for (int i = 0; i < 8; ++i) {
+        std::int16_t sum;
+        std::memcpy(&sum, acc.byte + 2 * i, 2);
+        for (int j = 2 * i; j < 2 * i + 2; ++j) sum = static_cast<std::int16_t>(sum + a.byte[j] * static_cast<std::int8_t>(b.byte[j]));
+        std::memcpy(acc.byte + 2 * i, &sum, 2);
+    }
+    return acc;
+}
+PENNYWEIGHT_INLINE V all16(int value) {
+    V v;
+    const std::int16_t each = static_cast<std::int16_t>(value);
+    for (int i = 0; i < 8; ++i) std::memcpy(v.byte + 2 * i, &each, 2);
+    return v;
+}
+PENNYWEIGHT_INLINE V pair_of(V v, int k) {
+    V pair{};
+    for (int i = 0; i < 16; i += 4) {
+        pair.byte[i] = v.byte[i + 2 * k];
+        pair.byte[i + 2] = v.byte[i + 2 * k + 1];
+    }
+    return pair;
+}
 PENNYWEIGHT_INLINE V broadcast32(const void *from) {
     V v;
     for (int i = 0; i < 4; ++i) std::memcpy(v.byte + 4 * i, from, 4);
@@ -283,6 +339,8 @@ PENNYWEIGHT_INLINE V settled(V v) {
     return v;
 }
 #endif
+
+PENNYWEIGHT_INLINE V low_nibbles(V v) { return masked(v, 15); }
 
 constexpr std::size_t width = sizeof(V);
 constexpr std::size_t lanes = width / 4;  // int32 in a vector
