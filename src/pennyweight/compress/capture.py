@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.sites import WeightSite
+from ..layers.sites import ATTENTION_WEIGHTS, WeightSite
 
 #: Positions of a convolution are unfolded in chunks of at most this many float32 values.
 _CHUNK_VALUES = 1 << 24
@@ -29,15 +29,15 @@ def is_observable(site: WeightSite) -> bool:
     if site.kind == "recurrent":
         return isinstance(module, _RECURRENT) and "_hr" not in site.attribute
     if isinstance(module, nn.MultiheadAttention):
-        return site.attribute == "in_proj_weight"
+        return site.attribute in ATTENTION_WEIGHTS
     return site.attribute == "weight"
 
 
 def input_rows(site: WeightSite, inputs: tuple[Any, ...], output: Tensor | None = None) -> Iterator[tuple[Tensor, Any]]:
     """Yield (rows float32 [groups, n, cols], the same positions of `output` as [n, rows] or None), chunk by chunk.
 
-    inputs: the positional arguments of the module's forward. Nothing is yielded where the inputs are not observable
-    (attention over different keys and queries).
+    inputs: the positional arguments of the module's forward. A weight that projects queries, keys and values gets the
+    rows of all three where they differ.
     """
     module, x = site.module, inputs[0]
     if site.kind == "recurrent":
@@ -50,8 +50,9 @@ def input_rows(site: WeightSite, inputs: tuple[Any, ...], output: Tensor | None 
             rows = patches(module, x[i : i + step].detach().float())
             yield rows, None if output is None else output[i : i + step].flatten(2).transpose(1, 2).flatten(0, 1)
     elif isinstance(module, nn.MultiheadAttention):
-        if len(inputs) < 3 or (inputs[1] is inputs[0] and inputs[2] is inputs[0]):
-            yield x.detach().float().reshape(1, -1, x.shape[-1]), None
+        at = ATTENTION_WEIGHTS.index(site.attribute)
+        for read in {id(x): x for x in (inputs[:3] if at == 0 else inputs[at - 1 : at])}.values():
+            yield read.detach().float().reshape(1, -1, read.shape[-1]), None
     else:
         rows = x.detach().float().reshape(1, -1, x.shape[-1])
         yield rows, None if output is None else output.reshape(-1, output.shape[-1])

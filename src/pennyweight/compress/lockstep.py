@@ -10,6 +10,7 @@ activations a greenlet.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
+from ..layers.packed_attention import in_parts
 from .data import Call
 
 
@@ -93,6 +95,8 @@ def lockstep(
     ]
     for index, call in enumerate(batches):
         running.append(_Batch(index, greenlet(lambda call=call: call(model))))
+    attention = contextlib.ExitStack()
+    attention.enter_context(in_parts(model))
     try:
         advance(running)
         while waiting := [b for b in running if not b.forward.dead]:
@@ -118,3 +122,4 @@ def lockstep(
             handle.remove()
         for batch in running:
             batch.forward.throw(GreenletExit)
+        attention.close()

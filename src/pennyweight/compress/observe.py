@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..layers.packed_attention import in_parts
 from ..layers.sites import WeightSite
 from .capture import input_rows, is_observable
 from .contract import LayerView
@@ -126,7 +127,7 @@ def observe(
     samples = 0
     energy = 0.0
     mean_output: Tensor | float = 0.0
-    with evaluating(model), _all_gradients(model, backward, sites):
+    with evaluating(model), _all_gradients(model, backward, sites), in_parts(model):
         calls_seen: dict[str, int] = {}
         index = 0
         handles = [

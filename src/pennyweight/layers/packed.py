@@ -8,12 +8,12 @@
 
 which serves every kind of layer, those included whose weight is read by somebody else's forward (attention, tied
 heads). Some layers know better than to decode first: an embedding looks up rows (packed_embedding.py), and what must
-save memory multiplies codes (packed_linear.py, packed_convolution.py, packed_recurrent.py).
+save memory multiplies codes (packed_linear.py, packed_attention.py, packed_convolution.py, packed_recurrent.py).
 
 memory "fast" keeps the decoded weight after its first use, in the dtype and on the device of the module. "low" never
-holds more than a layer's: Linear, convolutions and recurrent layers multiply what is packed (kernels/integer.py, with
-inputs quantised row by row to `activation_bits`, 16 or 8) where that serves; other layers, and with 32 bits all of
-them, decode and drop the weight when their forward ends. Blobs stay on the CPU, where they are decoded, wherever the
+holds more than a layer's: Linear, attention, convolutions and recurrent layers multiply what is packed
+(kernels/integer.py, with inputs quantised row by row to `activation_bits`, 16 or 8) where that serves; other layers,
+and with 32 bits all of them, decode and drop the weight. Blobs stay on the CPU, where they are decoded, wherever the
 module goes.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..errors import UnknownNameError, WeightError
 from ..formats import PackedWeight, from_bytes
 from ..kernels.integer import ActivationBits
-from . import packed_convolution, packed_embedding, packed_linear  # noqa: F401  (their twins enter themselves)
+from . import packed_attention, packed_convolution, packed_embedding, packed_linear  # noqa: F401  (their twins enter themselves)
 from .packed_module import Memory, PackedModule, blob_bytes, packed_class
 from .packed_recurrent import PackedRecurrent
 from .sites import MatrixView, weight_sites

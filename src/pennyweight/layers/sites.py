@@ -28,7 +28,7 @@ from torch.nn.parameter import UninitializedParameter
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECURRENT_WEIGHT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
-_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _views(module: nn.Module) -> Iterator[tuple[str, str, MatrixView]]:
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
         wanted = _as_stored(module, "recurrent", _RECURRENT_WEIGHT.fullmatch)
     elif isinstance(module, nn.MultiheadAttention):
-        wanted = _as_stored(module, "linear", _ATTENTION_WEIGHTS.__contains__)
+        wanted = _as_stored(module, "linear", ATTENTION_WEIGHTS.__contains__)
     elif _is_transformers_conv1d(module):
         weight = module._parameters.get("weight")
         shape = tuple(weight.shape) if weight is not None and weight.ndim == 2 else ()
