@@ -23,6 +23,7 @@ def test_neon_gives_the_bits_of_plain(tmp_path):
         "module.cpp",
         "module_binary.cpp",
         "module_integer.cpp",
+        "module_optimizer.cpp",
         "module_sparse.cpp",
         "isa.cpp",
         "feedback.cpp",

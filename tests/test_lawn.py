@@ -1,13 +1,9 @@
-"""LAWN: what its card says must be true, the search for the final homogeneous sub-network, and sharded parameters."""
+"""LAWN: what its card says must be true, and the search for the final homogeneous sub-network."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,29 +15,15 @@ from pennyweight.errors import PennyweightWarning, PlanError, UnknownNameError
 from pennyweight.models.resnet_cifar import resnet20
 from pennyweight.optim import LAMB, LAWN, final_homogeneous
 from pennyweight.training.building import make_optimizer
-from pennyweight.training.checkpoint import join_optimizer, split_optimizer
 from pennyweight.training.loop import train as train_recipe
 from pennyweight.training.settings import OptimizerSettings, TrainingRecipe
+from stepping import closure_is_the_step, resume_is_exact, same, train
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(3)
     layers = [nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3, bias=False)]
     return nn.Sequential(*layers).to(dtype)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
-    dtype = next(model.parameters()).dtype
-    for step in range(start, start + steps):
-        g = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 6, generator=g).to(dtype)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
-        optimizer.step()
-
-
-def same(left: nn.Module, right: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters()))
 
 
 class Single(nn.Module):
@@ -322,19 +304,7 @@ def test_refuses_options(options):
 @pytest.mark.parametrize("cut", [2, 6])
 def test_resume_is_exact(inner, cut):
     """In the free phase and after the switch, which is at step 4."""
-    whole = network()
-    train(whole, LAWN(inner(whole.parameters()), whole, free_steps=4), 10)
-    first = network()
-    optimizer = LAWN(inner(first.parameters()), first, free_steps=4)
-    train(first, optimizer, cut)
-    tensors, rest = split_optimizer(optimizer)
-    second = network()
-    second.load_state_dict(first.state_dict())
-    resumed = LAWN(inner(second.parameters()), second, free_steps=4)
-    join_optimizer(resumed, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(rest)))
-    assert resumed.switched == (cut > 4)
-    train(second, resumed, 10 - cut, start=cut)
-    assert same(whole, second)
+    resume_is_exact(network, lambda m: LAWN(inner(m.parameters()), m, free_steps=4), cut)
 
 
 def test_norms_of_half_weights_are_stored_in_float32():
@@ -350,22 +320,7 @@ def test_norms_of_half_weights_are_stored_in_float32():
 
 @pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
 def test_closure(inner):
-    left, right = network(), network()
-    one, other = (LAWN(inner(m.parameters()), m, free_steps=1) for m in (left, right))
-    x = torch.ones(4, 6)
-
-    def closure() -> torch.Tensor:
-        one.zero_grad()
-        loss = left(x).square().mean()
-        loss.backward()
-        return loss
-
-    for _ in range(3):
-        assert one.step(closure) is not None
-        other.zero_grad()
-        right(x).square().mean().backward()
-        other.step()
-    assert same(left, right)
+    closure_is_the_step(network, lambda m: LAWN(inner(m.parameters()), m, free_steps=1))
 
 
 def test_lbfgs():
@@ -414,66 +369,6 @@ def test_compiled_step():
         other.step()
     for a, b in zip(left.parameters(), right.parameters()):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
-
-
-SHARDED = """
-import sys
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.optim import Adam
-from pennyweight.optim import LAWN, PAdamW, PNormDecay, final_homogeneous
-
-def network():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 15), nn.Tanh(), nn.Linear(15, 15), nn.ReLU(), nn.Linear(15, 3, bias=False))
-
-def train(model, optimizer):
-    for step in range(4):
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
-        optimizer.step()
-
-MAKE = {
-    "lawn": lambda m: LAWN(Adam(m.parameters(), lr=0.1), m, ["4.weight", "2.weight"], free_steps=1),
-    "pwd": lambda m: PNormDecay(Adam(m.parameters(), lr=0.05), 0.05, 0.8),
-    "padamw": lambda m: PAdamW(m.parameters(), lr=0.05, weight_decay=0.05, p=0.8),
-}
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (2,))
-for name, make in MAKE.items():
-    whole = network()
-    train(whole, make(whole))
-    sharded = network()
-    assert final_homogeneous(sharded, torch.ones(1, 6)) == ["4.weight", "2.weight"]
-    for layer in sharded:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    train(sharded, make(sharded))
-    for (key, a), b in zip(whole.named_parameters(), sharded.parameters()):
-        full = b.full_tensor()
-        assert torch.allclose(a, full, rtol=1e-4, atol=1e-5), (name, key, float((a - full).abs().max()))
-dist.destroy_process_group()
-"""
-
-
-def test_sharded_parameters(tmp_path: Path):
-    """Two processes with FSDP2 compute what one does: norms and inner products go across the shards."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731", "WORLD_SIZE": "2"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(script)], env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    errors = [run.communicate(timeout=120)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], errors
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes

@@ -1,11 +1,11 @@
-"""pWD: closed forms of its card, the equivalence with AdamW at p = 2, and that wrapper and fused loops agree."""
+"""pWD: closed forms of its card, the equivalence with AdamW at p = 2, and that wrapper, kernels and torch agree."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -15,12 +15,14 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 from pennyweight import registry
-from pennyweight.errors import PlanError
+from pennyweight.errors import PennyweightWarning, PlanError
+from pennyweight.kernels import is_compiled
+from pennyweight.kernels.optimizer import FusedDecay
 from pennyweight.optim import LAMB, PSGD, PAdamW, PNormDecay
 from pennyweight.optim.p_norm import exponent_at
 from pennyweight.training.building import make_optimizer
-from pennyweight.training.checkpoint import join_optimizer, split_optimizer
 from pennyweight.training.settings import OptimizerSettings, TrainingRecipe
+from stepping import closure_is_the_step, resume_is_exact, same, train
 
 
 def weight(*values: float, dtype: torch.dtype = torch.float64) -> nn.Parameter:
@@ -36,20 +38,6 @@ def still(parameter: nn.Parameter, lr: float, decay: float, p: float, **options)
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3)).to(dtype)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
-    dtype = next(model.parameters()).dtype
-    for step in range(start, start + steps):
-        g = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 6, generator=g).to(dtype)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
-        optimizer.step()
-
-
-def same(left: nn.Module, right: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters()))
 
 
 MAKERS = {
@@ -223,7 +211,7 @@ def test_rate_as_a_tensor_at_zero():
     [
         (lambda ps: PNormDecay(Adam(ps), 0.0, 0.5), Adam),
         (lambda ps: PAdamW(ps, weight_decay=0.0, fused=False), lambda ps: AdamW(ps, weight_decay=0.0)),
-        (lambda ps: PAdamW(ps, weight_decay=0.0), lambda ps: AdamW(ps, weight_decay=0.0, fused=True)),
+        (lambda ps: PAdamW(ps, weight_decay=0.0), lambda ps: AdamW(ps, weight_decay=0.0, fused=is_compiled())),
         (lambda ps: PSGD(ps, momentum=0.9, weight_decay=0.0, fused=False), lambda ps: SGD(ps, momentum=0.9)),
     ],
 )
@@ -316,34 +304,97 @@ def test_refuses_decaying_twice():
         PNormDecay(SGD([weight(1.0)], lr=0.1), -0.1)
 
 
-# -------------------------------------------------------------------------------------------------------- fused loops
+# ------------------------------------------------------------------------------------------ compiled kernels and torch
+
+WAYS = {
+    "padamw": lambda ps, p, **how: PAdamW(ps, lr=0.01, weight_decay=0.05, p=p, amsgrad=True, **how),
+    "psgd": lambda ps, p, **how: PSGD(ps, lr=0.02, momentum=0.9, dampening=0.2, weight_decay=0.05, p=p, **how),
+    "psgd-nesterov": lambda ps, p, **how: PSGD(ps, lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.05, p=p, **how),
+    "psgd-plain": lambda ps, p, **how: PSGD(ps, lr=0.02, weight_decay=0.05, p=p, maximize=True, **how),
+    "pwd": lambda ps, p, **_: PNormDecay(AdamW(ps, lr=0.01, weight_decay=0.0), 0.05, p),
+}
 
 
-@pytest.mark.parametrize("p", [0.5, 0.8, 1.0, 1.3, 1.5, 2.0, 3.0])
-@pytest.mark.parametrize(
-    ("fused", "around"),
-    [
-        (
-            lambda ps, p: PAdamW(ps, lr=0.01, weight_decay=0.1, p=p, amsgrad=True),
-            lambda ps, p: PNormDecay(AdamW(ps, lr=0.01, weight_decay=0.0, amsgrad=True), 0.1, p),
-        ),
-        (
-            lambda ps, p: PSGD(ps, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1, p=p),
-            lambda ps, p: PNormDecay(SGD(ps, lr=0.05, momentum=0.9, nesterov=True), 0.1, p),
-        ),
-        (lambda ps, p: PSGD(ps, lr=0.05, weight_decay=0.1, p=p), lambda ps, p: PNormDecay(SGD(ps, lr=0.05), 0.1, p)),
-    ],
-)
-def test_loop_agrees_with_the_wrapper(monkeypatch, fused, around, p):
-    monkeypatch.setattr("pennyweight.optim.p_norm._PIECE", 7)  # pieces that do not divide a tensor
-    left, right = network(), network()
-    train(left, fused(left.parameters(), p), 6)
-    train(right, around(right.parameters(), p), 6)
-    for a, b in zip(left.parameters(), right.parameters()):
-        assert torch.allclose(a, b, rtol=2e-5, atol=2e-6)
+@pytest.mark.parametrize("p", [0.4, 0.5, 0.8, 1.0, 1.3, 1.5, 2.0, 3.0, 4.5])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("kernels", ["used", "refused", "missing"])
+def test_steps_agree_with_float64(monkeypatch, way, p, kernels):
+    """Each of ten steps, from the same weights and state, of two matrices and a vector, which does not decay.
+
+    Not the ten together: where a weight crosses zero its decay depends on digits that float32 does not have.
+    """
+    if kernels == "missing":
+        monkeypatch.setattr("pennyweight.kernels.optimizer._cpu", None)
+        monkeypatch.setattr("pennyweight.kernels._told", True)
+    g = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=g)) for shape in ((5, 7), (3, 4, 6), (9,))]
+    exact = [nn.Parameter(w.detach().double()) for w in weights]
+    optimizer = way(weights, p, fused=False if kernels == "refused" else None)
+    reference = way(exact, p)
+    for _ in range(10):
+        reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for w, e in zip(weights, exact):
+            e.data = w.detach().double()
+            w.grad = torch.randn(w.shape, generator=g)
+            e.grad = w.grad.double()
+        optimizer.step()
+        reference.step()
+        for w, e in zip(weights, exact):
+            assert torch.allclose(w.double(), e, rtol=5e-6, atol=3e-7), float((w - e).abs().max())
 
 
-def test_orders_of_elements_the_loop_does_not_take(monkeypatch):
+@pytest.mark.skipif(not is_compiled(), reason="the kernels are not compiled")
+@pytest.mark.parametrize(("make", "method"), [(PAdamW, "adam_step"), (PSGD, "sgd_step"), (still, "divisors")])
+def test_kernels_are_used_where_they_fit(monkeypatch, make, method):
+    calls = []
+    kernel = getattr(FusedDecay, method)
+    monkeypatch.setattr(FusedDecay, method, lambda *args, **keywords: (calls.append(1), kernel(*args, **keywords))[1])
+    for dtype in (torch.float32, torch.float64):
+        w = weight(1.0, dtype=dtype)
+        w.grad = torch.ones_like(w)
+        (still(w, 0.1, 0.1, 0.8) if make is still else make([w], p=0.8)).step()
+    assert len(calls) == 1
+
+
+@pytest.mark.skipif(not is_compiled(), reason="the kernels are not compiled")
+@pytest.mark.parametrize("make", [PAdamW, PSGD])
+def test_fused_demands(make, monkeypatch):
+    single, double = weight(1.0, dtype=torch.float32), weight(1.0)
+    make([single], p=0.8, fused=True)
+    make([double], p=0.8)
+    for parameters, p, reason in (([double], 0.8, "float64"), ([single], [[0, 2], [9, 4.5]], "p is 4.5")):
+        with pytest.raises(PlanError, match=f"fused=True.*{reason}"):
+            make(parameters, p=p, fused=True)
+    monkeypatch.setattr("pennyweight.kernels.optimizer._cpu", None)
+    with pytest.raises(PlanError, match="missing"):
+        make([single], fused=True)
+
+
+def test_says_once_that_the_kernels_are_missing(monkeypatch):
+    monkeypatch.setattr("pennyweight.kernels.optimizer._cpu", None)
+    monkeypatch.setattr("pennyweight.kernels._told", False)
+    w = weight(1.0, dtype=torch.float32)
+    w.grad = torch.ones_like(w)
+    optimizer = PSGD([w])
+    with pytest.warns(PennyweightWarning, match="compiled kernels"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_first_step_has_no_dampening():
+    ours, theirs = weight(1.0), weight(1.0)
+    left = PSGD([ours], lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.0)
+    right = SGD([theirs], lr=0.1, momentum=0.9, dampening=0.5)
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.ones_like(ours)
+        left.step()
+        right.step()
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+
+
+def test_orders_of_elements_the_kernels_do_not_take():
     torch.manual_seed(0)
     plain = nn.Parameter(torch.randn(4, 3, 3, 3))
     last = nn.Parameter(plain.detach().clone(memory_format=torch.channels_last))
@@ -372,18 +423,7 @@ def test_half_precision(dtype):
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_resume_is_exact(make):
-    whole = network()
-    train(whole, make(whole.parameters()), 10)
-    first = network()
-    optimizer = make(first.parameters())
-    train(first, optimizer, 4)
-    tensors, rest = split_optimizer(optimizer)
-    second = network()
-    second.load_state_dict(first.state_dict())
-    resumed = make(second.parameters())
-    join_optimizer(resumed, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(rest)))
-    train(second, resumed, 6, start=4)
-    assert same(whole, second)
+    resume_is_exact(network, lambda m: make(m.parameters()), 4)
 
 
 def test_checkpoint_of_the_bare_optimizer_loads():
@@ -399,26 +439,11 @@ def test_checkpoint_of_the_bare_optimizer_loads():
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_closure_and_deepcopy(make):
-    left, right = network(), network()
-    one, other = make(left.parameters()), make(right.parameters())
-    x = torch.randn(4, 6)
-
-    def closure() -> torch.Tensor:
-        one.zero_grad()
-        loss = left(x).square().mean()
-        loss.backward()
-        return loss
-
-    for _ in range(3):
-        assert one.step(closure) is not None
-        other.zero_grad()
-        right(x).square().mean().backward()
-        other.step()
-    assert same(left, right)
-    copied_model, copied = copy.deepcopy((left, one))
-    for m, o in ((left, one), (copied_model, copied)):
+    model, optimizer = closure_is_the_step(network, lambda m: make(m.parameters()))
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (copied_model, copied)):
         train(m, o, 2)
-    assert same(left, copied_model)
+    assert same(model, copied_model)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -439,7 +464,14 @@ def test_skipped_steps_do_not_decay(make):
             assert [group["decay_step"] for group in optimizer.param_groups] == steps
 
 
-@pytest.mark.parametrize("make", [lambda ps: PAdamW(ps, p=0.8), lambda ps: PNormDecay(SGD(ps, lr=0.1), 1e-2, 0.8)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ps: PAdamW(ps, p=0.8),
+        lambda ps: PSGD(ps, lr=0.1, momentum=0.9, p=0.8),
+        lambda ps: PNormDecay(SGD(ps, lr=0.1), 1e-2, 0.8),
+    ],
+)
 def test_compiled_step(make):
     left, right = network(), network()
     one, other = make(left.parameters()), make(right.parameters())

@@ -81,6 +81,6 @@ def tell_once() -> None:
     if not _told:
         _told = True
         warn(
-            "the compiled kernels are missing (install pennyweight with a C++ compiler present): calibration and "
-            "packed layers are slower"
+            "the compiled kernels are missing (install pennyweight with a C++ compiler present): calibration, packed "
+            "layers and optimizers are slower"
         )

@@ -64,7 +64,7 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tens
 def tangent_(vectors: Sequence[Tensor], weights: Sequence[Tensor], norms: Sequence[Tensor]) -> None:
     """Take away from each vector its part along the weight, whose norm is given."""
     for vector, weight, norm, product in zip(vectors, weights, norms, inner_products(vectors, weights)):
-        _local(vector).sub_(_local(weight) * (product / norm**2).to(weight.dtype))
+        _local(vector).addcmul_(_local(weight), (product / norm**2).to(weight.dtype), value=-1)
 
 
 @register(
@@ -164,7 +164,7 @@ class LAWN(OptimizerWrapper):
             return self.inner.step() if closure is None else self.inner.step(closure)
         # A closure may yet make gradients.
         weights = [w for w in self.own if closure is not None or w.grad is not None]
-        before = [_local(weight).clone() for weight in weights]
+        before = [_local(weight).clone() for weight in weights] if self.project_update else []
         if closure is None:
             self.project_gradients()
             loss = self.inner.step()
@@ -188,7 +188,7 @@ class LAWN(OptimizerWrapper):
         if self.project_update:
             starts = [_like(start, weight) for start, weight in zip(before, weights)]
             for weight, start, norm, along in zip(weights, before, norms, inner_products(weights, starts)):
-                _local(weight).sub_(start * (along / norm**2 - 1).to(start.dtype))
+                _local(weight).addcmul_(start, (along / norm**2 - 1).to(start.dtype), value=-1)
         for weight, norm, square in zip(weights, norms, inner_products(weights, weights)):
             _local(weight).mul_(norm / square.sqrt())
 

@@ -1,18 +1,15 @@
-"""Parts of p-norm weight decay (p_norm_decay.py): its division, its keys in the groups, and the loop over pieces.
+"""Parts of p-norm weight decay (p_norm_decay.py): its division, the keys in groups, what PAdamW and PSGD share."""
 
-The loop updates a piece of a weight and divides it while it is in the cache, for optimizers of which torch has a fused
-kernel on the CPU.
-"""
-
-# The foreach and fused functions have no public names.
+# The foreach functions have no public names.
 # pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,12 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..errors import PlanError
+from ..kernels import optimizer as kernel
 
 #: The exponent p: a number, or points (step, p) with straight lines between them and constants beyond.
 Exponent = float | Sequence[Sequence[float]]
-
-#: Elements that the fused loops work on at a time for each thread, so that all passes but the first find them in cache.
-_PIECE = 1 << 17
 
 
 def exponent_at(p: Exponent, step: int) -> float:
@@ -67,19 +62,38 @@ class Decay:
         self.acts = group[key] * share > 0 and (isinstance(self.strength, Tensor) or self.strength > 0)
         self.zero_below = group["zero_below"] if self.p < 2 else 0.0
         self.min_dims = group["min_dims"]
+        self.by_kernel = group["fused_loop"] is not False
 
     def decays(self, parameter: Tensor) -> bool:
         return self.acts and parameter.ndim >= self.min_dims
 
+    def fused(self) -> kernel.FusedDecay:
+        """As the compiled kernels have it."""
+        return kernel.FusedDecay(self.p, float(self.strength), self.zero_below)
+
     def divisors(self, weights: Sequence[Tensor]) -> Sequence[Tensor | float]:
         if self.p == 2:
             return [1.0 + self.strength] * len(weights)
+        weights = [_local(w) for w in weights]
+        if not weights:
+            return []
+        if self.by_kernel and kernel.fits(weights, self.p):
+            fused = self.fused()
+            return [fused.divisors(w) for w in weights]
         halves = (torch.float16, torch.bfloat16)
-        wide = [w.float() if w.dtype in halves else w for w in map(_local, weights)]
-        return divisors_(torch._foreach_abs(wide), self.p, self.strength) if wide else []
+        wide = [w.float() if w.dtype in halves else w for w in weights]
+        return divisors_(torch._foreach_abs(wide), self.p, self.strength)
 
     def divide_(self, weights: Sequence[Tensor], divisors: Sequence[Tensor | float]) -> None:
         for weight, divisor in zip(map(_local, weights), divisors):
+            if (
+                self.by_kernel
+                and isinstance(divisor, Tensor)
+                and divisor.ndim
+                and kernel.fits([weight, divisor], self.p)
+            ):
+                kernel.divide_(weight, divisor, self.zero_below)
+                continue
             weight.div_(divisor)
             if self.zero_below > 0:
                 torch.ops.aten.hardshrink.out(weight, self.zero_below, out=weight)
@@ -90,7 +104,20 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def group_defaults(p: Exponent, ramp: int, zero_below: float, min_dims: int) -> dict[str, Any]:
+class DecayOptions(TypedDict, total=False):
+    """Keywords of an optimizer with p-norm decay, as in `PNormDecay`."""
+
+    p: Exponent
+    ramp: int
+    zero_below: float
+    min_dims: int
+    fused: bool | None
+
+
+def group_defaults(
+    p: Exponent = 1.0, ramp: int = 0, zero_below: float = 1e-13, min_dims: int = 2, fused: bool | None = None
+) -> dict[str, Any]:
+    """The keys of a group. Raises PlanError for values out of range."""
     values = [p] if isinstance(p, int | float) else [value for _, value in p]
     steps = [] if isinstance(p, int | float) else [at for at, _ in p]
     if not values or not all(0 < value < math.inf for value in values):
@@ -99,7 +126,8 @@ def group_defaults(p: Exponent, ramp: int, zero_below: float, min_dims: int) -> 
         raise PlanError(f"pwd: the points of p are at steps {steps}; they must rise")
     if ramp < 0 or zero_below < 0:
         raise PlanError(f"pwd: ramp {ramp} and zero_below {zero_below} must not be negative")
-    return {"p": p, "ramp": ramp, "zero_below": zero_below, "min_dims": min_dims, "decay_step": 0}
+    own = {"p": p, "ramp": ramp, "zero_below": zero_below, "min_dims": min_dims}
+    return {**own, "decay_step": 0, "fused_loop": fused}  # "fused" is torch's
 
 
 def count_step(group: dict[str, Any]) -> None:
@@ -108,50 +136,41 @@ def count_step(group: dict[str, Any]) -> None:
         group["decay_step"] += 1
 
 
-def can_loop(tensors: Sequence[Tensor]) -> bool:
-    """Whether the fused loop can work on these: dense, on the CPU, in one order of elements, and not being compiled."""
-    return not torch.compiler.is_compiling() and all(
-        t.device.type == "cpu"
-        and t.dtype == torch.float32
-        and t.is_contiguous()
-        and not t.is_sparse
-        and not isinstance(t, DTensor)
-        for t in tensors
+class DecayedOptimizer(Optimizer):
+    """What PAdamW and PSGD share: an optimizer of torch's whose `weight_decay` is the factor of sum |w|^p."""
+
+    def _add_decay(self, own: dict[str, Any]) -> None:
+        """own: of `group_defaults`. Raises PlanError where the kernels are demanded and cannot do it."""
+        self.defaults.update(own)
+        for group in self.param_groups:
+            for key, value in own.items():
+                group.setdefault(key, value)
+            p = group["p"]
+            largest = p if isinstance(p, int | float) else max(value for _, value in p)
+            reason = kernel.reason_against(group["params"], largest) if group["fused_loop"] else None
+            if reason:
+                raise PlanError(f"{type(self).__name__}: fused=True is not possible, as {reason}; leave it at None")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Returns the closure's value, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group, Decay(group, "weight_decay"))
+            count_step(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], decay: Decay) -> None:
+        raise NotImplementedError
+
+
+def divided(decay: Decay, weights: Sequence[Tensor], *lists: Sequence[Any]) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The lists of what belongs to the weights that decay, and those of what belongs to the others."""
+    decays = [decay.decays(weight) for weight in weights]
+    return (
+        [list(itertools.compress(column, decays)) for column in lists],
+        [list(itertools.compress(column, map(operator.not_, decays))) for column in lists],
     )
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    size = _PIECE * torch.get_num_threads()
-    return zip(*(t.detach().view(-1).split(size) for t in tensors))
-
-
-def fused_loop(
-    weights: Sequence[Tensor], others: Sequence[Sequence[Tensor]], decay: Decay, update: Callable[..., None]
-) -> None:
-    """update(index, weight, *others) on pieces that fit the cache, each divided while it is still there."""
-    largest = max((w.numel() for w in weights), default=0)
-    buffer = torch.empty(min(largest, _PIECE * torch.get_num_threads()))
-    for index, tensors in enumerate(zip(weights, *others)):
-        if not decay.decays(tensors[0]):
-            update(index, *tensors)
-            continue
-        for piece, *rest in _pieces(*tensors):
-            divisor: Tensor | float = 1.0 + decay.strength
-            if decay.p != 2:
-                (divisor,) = divisors_([torch.abs(piece, out=buffer[: len(piece)])], decay.p, decay.strength)
-            update(index, piece, *rest)
-            decay.divide_([piece], [divisor])
-
-
-def add_defaults(optimizer: Optimizer, defaults: dict[str, Any]) -> None:
-    optimizer.defaults.update(defaults)
-    for group in optimizer.param_groups:
-        for key, value in defaults.items():
-            group.setdefault(key, value)
-
-
-def evaluated(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

@@ -2,6 +2,7 @@
 #include "binary_kernels.h"
 #include "integer_kernels.h"
 #include "isa.h"
+#include "optimizer_kernels.h"
 #include "sparse_kernels.h"
 
 #define PENNYWEIGHT_JOIN(a, b) a##b
@@ -9,5 +10,5 @@
 
 namespace pennyweight {
 extern const Kernels PENNYWEIGHT_TABLE(PENNYWEIGHT_NAME);
-const Kernels PENNYWEIGHT_TABLE(PENNYWEIGHT_NAME) = {integer_kernels, binary_kernels, sparse_kernels};
+const Kernels PENNYWEIGHT_TABLE(PENNYWEIGHT_NAME) = {integer_kernels, binary_kernels, sparse_kernels, optimizer_kernels};
 }  // namespace pennyweight

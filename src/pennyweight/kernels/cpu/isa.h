@@ -2,6 +2,7 @@
 #include "binary.h"
 #include "cpu.h"
 #include "integer.h"
+#include "optimizer.h"
 #include "sparse.h"
 
 namespace pennyweight {
@@ -10,6 +11,7 @@ struct Kernels {
     IntegerKernels integer;
     BinaryKernels binary;
     SparseKernels sparse;
+    OptimizerKernels optimizer;
 };
 
 // Those of the instruction set in use. Throws std::runtime_error if PENNYWEIGHT_ISA names what is not there.

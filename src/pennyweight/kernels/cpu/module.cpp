@@ -38,6 +38,7 @@ static void feedback_block(Strided work, Strided upper, Vector row, Vector colum
 
 void bind_binary(nb::module_ &m);
 void bind_integer(nb::module_ &m);
+void bind_optimizer(nb::module_ &m);
 void bind_sparse(nb::module_ &m);
 
 NB_MODULE(_cpu, m) {
@@ -54,4 +55,5 @@ NB_MODULE(_cpu, m) {
     bind_integer(m);
     bind_binary(m);
     bind_sparse(m);
+    bind_optimizer(m);
 }

@@ -345,4 +345,17 @@ PENNYWEIGHT_INLINE V low_nibbles(V v) { return masked(v, 15); }
 constexpr std::size_t width = sizeof(V);
 constexpr std::size_t lanes = width / 4;  // int32 in a vector
 
+// The compiler's own vectors, of floats and of their bits: float arithmetic needs no more where it is the same everywhere.
+typedef float Floats __attribute__((vector_size(width)));
+typedef std::uint32_t Patterns __attribute__((vector_size(width)));
+
+// The same bits as another type.
+template <typename To, typename From>
+PENNYWEIGHT_INLINE To same(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bits would be lost");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
 }  // namespace

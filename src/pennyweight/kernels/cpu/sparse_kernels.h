@@ -9,8 +9,6 @@
 namespace pennyweight {
 namespace {
 
-typedef float Floats __attribute__((vector_size(width)));
-
 static void from_halves(const std::uint16_t *from, std::size_t count, float *out) {
     std::size_t i = 0;
 #if defined(PENNYWEIGHT_AVX2) && !defined(PENNYWEIGHT_EMULATED)
