@@ -42,6 +42,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernels.py --page
 	$(BIN)/python benchmarks/kernels_binary.py --page
 	$(BIN)/python benchmarks/kernels_sparse.py --page
+	$(BIN)/python benchmarks/optimizers.py --page
 	$(BIN)/python benchmarks/picture.py
 
 # The kernels of every x86 instruction set, run by emulation on whatever processor there is (needs Debian's libsimde-dev).

@@ -77,7 +77,8 @@ class PAdamW(DecayedOptimizer, AdamW):
                 decay.fused().adam_step(decaying, [float(count) for count in counts], rate=rate, **fixed)
             if free_counts:
                 maxima = free[4] if group["amsgrad"] else []
-                torch._fused_adamw_(*free[:4], maxima, free_counts, lr=rate, **fixed, **plain)
+                w, g, mean, square = free[:4]
+                torch._fused_adamw_(w, g, mean, square, maxima, free_counts, lr=rate, **fixed, **plain)
             return
         decayed = [w for w in weights if decay.decays(w)]
         divisors = decay.divisors(decayed)
