@@ -383,6 +383,24 @@ def test_says_once_that_the_kernels_are_missing(monkeypatch):
         optimizer.step()
 
 
+@pytest.mark.parametrize("make", [PAdamW, PSGD, still])
+def test_autograd_knows_of_the_step(make):
+    w = weight(1.0, dtype=torch.float32)
+    optimizer = still(w, 0.1, 0.1, 0.8) if make is still else make([w])
+    loss = w.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_numbers_without_dimensions():
+    w = nn.Parameter(torch.tensor(0.5))
+    w.grad = torch.tensor(0.0)
+    PSGD([w], lr=0.1, weight_decay=0.1, p=2.0, min_dims=0).step()
+    assert w.item() == pytest.approx(0.5 / 1.02)
+
+
 def test_first_step_has_no_dampening():
     ours, theirs = weight(1.0), weight(1.0)
     left = PSGD([ours], lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from . import _cpu, tell_once  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -71,6 +72,7 @@ class FusedDecay:
             *(weights, gradients, means, squares, *(largest or [[]]), list(steps)),
             *(rate, beta1, beta2, eps, maximize, self._decay, torch.get_num_threads()),
         )
+        _changed(lists)
 
     def sgd_step(
         self,
@@ -88,6 +90,7 @@ class FusedDecay:
             *(weights, gradients, *(momenta or [[]]), rate, momentum, dampening, nesterov, maximize),
             *(self._decay, torch.get_num_threads()),
         )
+        _changed(lists)
 
     def divisors(self, weight: Tensor) -> Tensor:
         """1 + strength * |w|^(p - 2), in the shape of the weight; infinite where a weight counts as zero and p < 2."""
@@ -100,6 +103,14 @@ def divide_(weight: Tensor, divisors: Tensor, zero_below: float) -> None:
     """weight /= divisors, and zero where that is at most `zero_below`, if this is positive."""
     zero_below = zero_below if zero_below > 0 else -1.0
     _cpu.divide(*_arrays([weight, divisors]), zero_below, torch.get_num_threads())
+    increment_version(weight)
+
+
+def _changed(lists: Sequence[Sequence[Tensor]]) -> None:
+    """Tell autograd, which refuses to go back through numbers that are no longer there. Gradients (1) are as before."""
+    for index, tensors in enumerate(lists):
+        if index != 1:
+            increment_version(tensors)
 
 
 def _arrays(tensors: Sequence[Tensor]) -> list[Any]:

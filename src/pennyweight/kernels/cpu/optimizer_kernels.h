@@ -123,17 +123,15 @@ struct Factor {
 constexpr std::size_t line = 16;    // floats that are worked on at a time: those of a cache line
 constexpr std::size_t ahead = 128;  // floats from there to those that are fetched
 
-// act(arrays) for each line of arrays of `count`; the last line in a copy, if it is not whole. Array 1 is only read.
+// act(arrays, first) for each line of arrays of `count`; the last line in a copy, if it is not whole. Array 1 is only read.
 template <std::size_t arrays, typename Act>
 PENNYWEIGHT_INLINE void line_by_line(float *const (&array)[arrays], std::size_t count, const Act &act) {
-    float *at[arrays];
+    float *at[arrays];  // its own, which no other pointer leads to, so that they stay in registers
+    for (std::size_t k = 0; k < arrays; ++k) at[k] = array[k];
     std::size_t i = 0;
     for (; i + line <= count; i += line) {
-        for (std::size_t k = 0; k < arrays; ++k) {
-            at[k] = array[k] + i;
-            __builtin_prefetch(reinterpret_cast<const char *>(at[k]) + 4 * ahead);
-        }
-        act(at);
+        for (std::size_t k = 0; k < arrays; ++k) __builtin_prefetch(reinterpret_cast<const char *>(at[k] + i) + 4 * ahead);
+        act(at, i);
     }
     if (i == count) return;
     float copy[arrays][line] = {};
@@ -141,7 +139,7 @@ PENNYWEIGHT_INLINE void line_by_line(float *const (&array)[arrays], std::size_t 
         at[k] = copy[k];
         std::memcpy(copy[k], array[k] + i, (count - i) * sizeof(float));
     }
-    act(at);
+    act(at, 0);
     for (std::size_t k = 0; k < arrays; ++k)
         if (k != 1) std::memcpy(array[k] + i, copy[k], (count - i) * sizeof(float));
 }
@@ -152,8 +150,8 @@ static void adam_of(const Decay &d, const AdamStep &s, float *const (&array)[arr
     const Floats zero_below = everywhere(d.zero_below), beta1 = everywhere(s.beta1), beta2 = everywhere(s.beta2);
     const Floats gradient_share = everywhere(s.gradient_share), square_share = everywhere(s.square_share);
     const Floats eps = everywhere(s.eps), rate = everywhere(-s.rate), root_scale = everywhere(s.root_scale);
-    line_by_line(array, count, [=](float *const *at) {
-        for (std::size_t i = 0; i < line; i += lanes) {
+    line_by_line(array, count, [=](float *const *at, std::size_t first) {
+        for (std::size_t i = first; i < first + line; i += lanes) {
             const Floats w = floats_at(at[0] + i), g = floats_at(at[1] + i);
             const Floats mean = multiply_add(floats_at(at[2] + i), beta1, g * gradient_share);
             Floats square = multiply_add(floats_at(at[3] + i), beta2, g * g * square_share);
@@ -176,8 +174,8 @@ static void sgd_of(const Decay &d, const SgdStep &s, float *const (&array)[array
     const Factor<norm> factor_of = Factor<norm>::of(d);
     const Floats zero_below = everywhere(d.zero_below), kept = everywhere(s.momentum_kept), share = everywhere(s.gradient_share);
     const Floats from_gradient = everywhere(s.from_gradient), from_momentum = everywhere(s.from_momentum);
-    line_by_line(array, count, [=](float *const *at) {
-        for (std::size_t i = 0; i < line; i += lanes) {
+    line_by_line(array, count, [=](float *const *at, std::size_t first) {
+        for (std::size_t i = first; i < first + line; i += lanes) {
             const Floats w = floats_at(at[0] + i), g = floats_at(at[1] + i);
             Floats moved = multiply_add(g, from_gradient, w);
             if constexpr (arrays == 3) {
@@ -194,8 +192,8 @@ static void sgd_of(const Decay &d, const SgdStep &s, float *const (&array)[array
 template <Decay::Norm norm>
 static void divisors_of(const Decay &d, float *const (&array)[2], std::size_t count) {
     const Factor<norm> factor_of = Factor<norm>::of(d);
-    line_by_line(array, count, [=](float *const *at) {
-        for (std::size_t i = 0; i < line; i += lanes) {
+    line_by_line(array, count, [=](float *const *at, std::size_t first) {
+        for (std::size_t i = first; i < first + line; i += lanes) {
             const Fraction factor = factor_of(floats_at(at[1] + i));
             put(at[0] + i, factor.under / (factor.first * factor.second));
         }
@@ -246,8 +244,8 @@ static void divisors(const Decay &d, const float *weight, float *divisor, std::s
 static void divide(float zero_below, float *weight, const float *divisor, std::size_t count) {
     float *const array[] = {weight, const_cast<float *>(divisor)};
     const Floats least = everywhere(zero_below);
-    line_by_line(array, count, [=](float *const *at) {
-        for (std::size_t i = 0; i < line; i += lanes) put(at[0] + i, beyond(least, floats_at(at[0] + i) / floats_at(at[1] + i)));
+    line_by_line(array, count, [=](float *const *at, std::size_t first) {
+        for (std::size_t i = first; i < first + line; i += lanes) put(at[0] + i, beyond(least, floats_at(at[0] + i) / floats_at(at[1] + i)));
     });
 }
 
