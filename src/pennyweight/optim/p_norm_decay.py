@@ -45,7 +45,8 @@ class PNormDecay(OptimizerWrapper):
     decay: factor of sum |w|^p. p: positive, or points (step, p). ramp: steps over which the decay rises from 0.
     zero_below: see the module. min_dims: tensors of fewer dimensions (biases, norm gains) are left alone. All five are
     keys of the groups, for values of their own and for schedulers. Parameters without a gradient are left alone.
-    Between the two halves of a step it holds one number for every decayed weight, and nothing after it.
+    Between the two halves of a step it holds one number for every decayed weight, and nothing after it; `PAdamW` and
+    `PSGD` hold nothing, and take one pass instead of three (docs/results/optimizers.md).
     Raises PlanError for values out of range, and if a group is decayed twice.
     """
 
