@@ -52,6 +52,7 @@ from .hooks import StepHook, attach, hooks_of
 from .learning_rate import learning_rate_factor
 from .metrics import Log, replacing
 from .parallel import gathered, parallel_of_launch, placed
+from .penalties import Penalties
 from .prepare import prepare
 from .randomness import derived_seed, generator
 from .schedule import Schedule, set_progress
@@ -148,6 +149,9 @@ class _Training:
             prepare(self.model, recipe.prepare, data=[self.data.train.batch(rows)[0]])
         self.schedule = Schedule(self.model, sum(self.lengths), (recipe.anneal[0], recipe.anneal[1]), recipe.freeze)
         self.hooks = [*(make_hook(entry, self.model) for entry in recipe.hooks), *hooks]
+        self.penalties = Penalties(recipe.penalties)
+        self.penalties.try_out(self.model)
+        self.charged: dict[str, Tensor] = {}  # the penalties of the latest step
         if self.parallel.divided and (self.hooks or hooks_of(self.model)):
             hook = type([*self.hooks, *hooks_of(self.model)][0]).__name__
             raise PlanError(
@@ -167,7 +171,8 @@ class _Training:
         if stored is not None:
             require_same_recipe(path, stored.state["recipe"], self.recipe.to_dict())
             self.step = stored.state["step"]
-        self.log = Log(self.directory, self.step, self.recipe.tensorboard) if self.main else None
+        penalties = [_penalty_column(name) for name in self.penalties.names]
+        self.log = Log(self.directory, self.step, self.recipe.tensorboard, penalties) if self.main else None
         started = time.perf_counter()
         self.clock = lambda: self.seconds + time.perf_counter() - started
         first = 0
@@ -241,7 +246,9 @@ class _Training:
             last = part == recipe.accumulate - 1
             with self.parallel.part(self.runner, last):
                 loss = self._loss(inputs, targets)
-                self.accelerator.backward(loss / recipe.accumulate)
+                self.charged = self.penalties(self.model, self.schedule.taken / self.schedule.steps)
+                charged = sum(self.charged.values(), start=loss)
+                self.accelerator.backward(charged / recipe.accumulate)
             losses.append(loss.detach().float())
         self.parallel.end_backward(self.model)
         self.accelerator.unscale_gradients()
@@ -343,6 +350,7 @@ class _Training:
             "gradient_norm": None if self.norm is None else float(self.norm),
             "skipped_steps": self.skipped,
         }
+        row |= {_penalty_column(name): float(value.detach()) for name, value in self.charged.items()}
         if epoch_ends and self.data.validation is not None:
             found = self._evaluate(self.data.validation)
             row |= {"validation_loss": found["loss"], "validation_accuracy": found.get("accuracy")}
@@ -451,6 +459,10 @@ def _steps(stage: StageSettings, per_epoch: int) -> int:
     return stage.steps if stage.steps is not None else max(1, round((stage.epochs or 0) * per_epoch))
 
 
+def _penalty_column(name: str) -> str:
+    return f"penalty_{name}"
+
+
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
@@ -459,6 +471,8 @@ def _check_setup(recipe: TrainingRecipe, accelerator: Any, divided: bool) -> Non
     """Raise PlanError for what cannot be done exactly."""
     if recipe.freeze and (divided or accelerator.num_processes > 1):
         raise PlanError("freeze takes gradients away, which parallel processes do not allow; leave one out")
+    if recipe.penalties and divided:
+        raise PlanError("penalties look at whole weights, and FSDP divides them; launch with --multi_gpu")
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise PlanError("precision fp16 needs a GPU; use bf16 here")
     if recipe.precision == "fp16" and divided:

@@ -125,7 +125,8 @@ class TrainingRecipe:
     accumulate: parts the batch of a process is computed in. clip: largest norm of the gradient. ema: decay of the
     averaged weights, which are then the ones evaluated and saved. precision: bf16 and fp16 are mixed precision.
     prepare: what `pennyweight.prepare` takes. anneal, freeze: of the Schedule of what it registers, in shares of all
-    steps. hooks: registered methods that act around the step, [{method: cga, band: 0.005}].
+    steps. hooks: registered methods that act around the step, [{method: cga, band: 0.005}]. penalties: registered
+    methods of `losses` added to the loss, [{method: p-norm, strength: 1e-5, p: 1}]; see `training.penalties`.
     log_every, checkpoint_every: steps; an epoch's end is always logged. diagnostics: measure quantised weights.
     """
 
@@ -141,6 +142,7 @@ class TrainingRecipe:
     anneal: tuple[float, ...] = (0.0, 1.0)
     freeze: dict[str, float] = field(default_factory=dict)
     hooks: tuple[dict[str, Any], ...] = ()
+    penalties: tuple[dict[str, Any], ...] = ()
     stages: tuple[StageSettings, ...] = ()
     teacher: TeacherSettings | None = None
     seed: int = 0
