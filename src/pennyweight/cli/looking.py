@@ -70,7 +70,7 @@ def evaluate(
         small = load_packed(directory, original)
         progress("loading", 1, 3)
         batches = some_data(data, original, samples, held_out=True)
-        if data is None:
+        if data is None and original.recipe is None:
             screen.note("no --data: measuring on held-out sentences of Python's English documentation")
         result = _fidelity(original, small, batches)
         progress("measuring fidelity", 2, 3)

@@ -28,11 +28,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ..artifact import save
 from ..bench.results import versions
 from ..compress.data import output_tensor
 from ..compress.distillation import divergence
-from ..errors import ArtifactError, DataError, PlanError, WeightError, require, warn
+from ..errors import ArtifactError, DataError, PlanError, require
 from .averaging import WeightAverage
 from .building import make_hook, make_model, make_optimizer
 from .checkpoint import (
@@ -44,21 +43,22 @@ from .checkpoint import (
     save_tensors,
     split_optimizer,
 )
-from .convert import convert
 from .data import Split, load_data
 from .diagnostics import Diagnostics, totals
 from .evaluation import evaluate, task_loss, try_out
 from .hooks import StepHook, attach, hooks_of
 from .learning_rate import learning_rate_factor
 from .metrics import Log, replacing
+from .packing import can_pack, write_packed
 from .parallel import gathered, parallel_of_launch, placed
 from .penalties import Penalties
 from .prepare import prepare
 from .randomness import derived_seed, generator
 from .schedule import Schedule, set_progress
 from .settings import StageSettings, TrainingRecipe
+from .trained import RECIPE, require_plain
 
-MODEL, RECIPE, REPORT = "model.safetensors", "recipe.yaml", "report.json"
+MODEL, REPORT = "model.safetensors", "report.json"
 PACKED = "packed"
 _EVALUATION_BATCH = 512
 #: Samples that input quantisers are fitted to.
@@ -147,6 +147,8 @@ class _Training:
         if recipe.prepare is not None:
             rows = self._rows_of_epoch(0)[:_CALIBRATION]
             prepare(self.model, recipe.prepare, data=[self.data.train.batch(rows)[0]])
+        if recipe.shrink is not None:
+            require_plain(self.model, "leave out shrink, and packed/ holds them as they are")
         self.schedule = Schedule(self.model, sum(self.lengths), (recipe.anneal[0], recipe.anneal[1]), recipe.freeze)
         self.hooks = [*(make_hook(entry, self.model) for entry in recipe.hooks), *hooks]
         self.penalties = Penalties(recipe.penalties)
@@ -433,8 +435,8 @@ class _Training:
             self.average.store()
         self.model = self.parallel.whole(self.model).eval()
         set_progress(self.model, 1.0)
-        if self.main and self.recipe.prepare is not None:
-            report["packed_bytes"] = self._save_packed()
+        if self.main and can_pack(self.model, self.recipe):
+            report |= self._save_packed()
         report |= {"seconds": round(self.clock(), 3), "versions": versions(("pennyweight", "torch", "accelerate"))}
         if self.log is not None:
             self.log.close()
@@ -446,13 +448,19 @@ class _Training:
         self.accelerator.wait_for_everyone()
         return TrainingResult(self.model, self.directory, report)
 
-    def _save_packed(self) -> int | None:
-        """The converted model as an artifact; returns its bytes, or None (and warns) if there is nothing to pack."""
-        try:
-            return save(convert(copy.deepcopy(self.model)), self.directory / PACKED)
-        except (PlanError, WeightError) as error:
-            warn(f"the model is trained, but not packed: {error}")
-            return None
+    def _save_packed(self) -> dict[str, Any]:
+        """What the report says of the packed model: its bytes, and if it was shrunk, how well it does."""
+        model = copy.deepcopy(self.model).cpu()
+        packed = write_packed(model, self.recipe, self.data.train, self.directory / PACKED, self.progress)
+        if packed is None:
+            return {"packed_bytes": None}
+        found: dict[str, Any] = {"packed_bytes": packed[1]}
+        if self.recipe.shrink is not None and self.accelerator.num_processes == 1:  # others would have to take part
+            small = packed[0].to(self.accelerator.device)
+            for name, split in (("validation", self.data.validation), ("test", self.data.test)):
+                if split is not None:
+                    found[f"packed_{name}"] = evaluate(small, split, self.recipe.loss, self.accelerator)
+        return found
 
 
 def _steps(stage: StageSettings, per_epoch: int) -> int:
