@@ -315,7 +315,7 @@ def test_a_training_is_a_model_to_shrink_and_to_judge_by(tmp_path):
 def test_what_cannot_be_shrunk_is_told_before_training(tmp_path):
     rules = {"rules": [{"match": "4", "weight": {"method": "lsq", "bits": 2}}]}
     low_bit = TrainingRecipe.load(recipe_file(tmp_path, prepare=rules, shrink={"size": "5kB"}))
-    with pytest.raises(PlanError, match="4 is a layer of low-bit weights.*leave out shrink"):
+    with pytest.raises(PlanError, match=r"4 is a layer of low-bit weights.*leave out shrink"):
         train(low_bit)
     with pytest.raises(PlanError, match="one of size, bits and ratio, found none"):
         TrainingRecipe.load(recipe_file(tmp_path, shrink={}))

@@ -21,7 +21,9 @@ from ..report_page import size_text
 from .screen import Json, Quiet, Screen
 from .sources import Source, load_data, load_source
 
-Model = Annotated[str, typer.Argument(help="Directory with safetensors or of a training, module:factory, or hub name owner/model.")]
+Model = Annotated[
+    str, typer.Argument(help="Directory with safetensors or of a training, module:factory, or hub name owner/model.")
+]
 Size = Annotated[str | None, typer.Option(help="Bytes of all files, such as 7MB, 900kB, 6.5MiB.")]
 Bits = Annotated[float | None, typer.Option(help="Or: bits on disk per parameter, everything counted.")]
 Ratio = Annotated[float | None, typer.Option(help="Or: how many times smaller.")]

@@ -64,8 +64,8 @@ class Source:
 
 
 def load_source(name: str) -> Source:
-    """The model that MODEL names: a directory (of a checkpoint, or that `pennyweight train` wrote), `module:factory`, or
-    a hub name "owner/name" (which may be fetched)."""
+    """The model that MODEL names: a directory (checkpoint, or output of `pennyweight train`), `module:factory`,
+    or a hub name "owner/name" (which may be fetched)."""
     path = Path(name)
     if path.is_dir():
         return _from_directory(name, path)

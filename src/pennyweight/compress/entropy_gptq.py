@@ -11,7 +11,8 @@ High-rate theory sets the multipliers. Column j contributes step^2/12 * column[j
 1/U_jj^2 being what error feedback leaves of H_jj; the sum is least, at a given rate, when all terms are equal:
 column[j] ~ d_j^-1/2. In the same way row[r] ~ row_weight[r]^-1/2: outputs the model is sensitive to, or words that
 occur often, get a finer grid. (`columns=False` drops column[j]: small layers cannot pay for it.) Multipliers have
-geometric mean one. Zeros of a pruned weight keep the code 0, which range coding stores in next to nothing. One `step` for all layers of equal d would be the optimum of a whole model; the planner finds it.
+geometric mean one. One `step` for all layers of equal d would be the optimum of a whole model; the planner finds it.
+Zeros of a pruned weight keep the code 0, which range coding stores in next to nothing.
 """
 
 from __future__ import annotations

@@ -93,9 +93,7 @@ def feedback(weight: Tensor, factor: Factor, quantise: Callable[[int, Tensor], T
             work[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1.0)
 
 
-def feedback_uniform(
-    weight: Tensor, factor: Factor, row: Tensor, column: Tensor, kept: Tensor | None = None
-) -> Tensor:
+def feedback_uniform(weight: Tensor, factor: Factor, row: Tensor, column: Tensor, kept: Tensor | None = None) -> Tensor:
     """Codes int16 [rows, cols] of `weight` on the unbounded uniform grid row[r] * column[j]; see `feedback`.
 
     kept: bool [rows, cols], False where the code must be 0; other columns make up for what that loses.

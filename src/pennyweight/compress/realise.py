@@ -10,8 +10,9 @@ and m~:
     bias     b + W m - V^ m~, so that the output keeps its mean
 
 so a layer also mends what its predecessors did (the asymmetric calibration of GPTAQ, 2504.02692, in closed form; k =
-`RIDGE` keeps V near W where data is short). Zeros of a pruned weight stay zeros; V is then found by iteration. s are the position weights of observe.py. LayerNorms are mended on
-leaving: weight and bias that best map the output onto the reference's, channel by channel.
+`RIDGE` keeps V near W where data is short). s are the position weights of observe.py. Zeros of a pruned weight stay
+zeros; V is then found by iteration. LayerNorms are mended on leaving: weight and bias that best map the output onto the
+reference's, channel by channel.
 """
 
 from __future__ import annotations

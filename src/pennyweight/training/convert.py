@@ -11,7 +11,7 @@ The model's graph is read by torch.fx; in a model that cannot be traced, batch n
 prepared model in eval mode: the same bits for products of signs and thresholds, within 1e-5 elsewhere.
 
 Weights that training has made sparse (`pwd`, `padamw`, `psilon`, pruning) keep their exact zeros as zeros, whether or
-not the model was prepared: where the format `sparse` holds the same values in fewer bytes, it does (training/sparse.py).
+not the model was prepared: where the format `sparse` holds the same values in fewer bytes, it does (sparse.py).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ _TOLERANCE = 1e-5
 def convert(model: nn.Module, *, half: bool = False) -> nn.Module:
     """Turn a trained model into its packed form, in place, in eval mode, and return it. See the module.
 
-    half: real weights are rounded to half precision, and stored as `dense16` or `sparse`, whichever is smaller. Otherwise
-    the result is stored exactly, what is packed and what is not.
+    half: real weights are rounded to half precision, and stored as `dense16` or `sparse`, whichever is smaller.
+    Otherwise the result is stored exactly, what is packed and what is not.
     Raises `PlanError` if no layer is prepared and no weight would be smaller as `sparse`, or the model is converted
     already; `WeightError`, naming the layer, if its weights or inputs are not yet what the method promises or hold NaN.
     The model is then as it was.
@@ -91,8 +91,8 @@ def _convert_plain(model: nn.Module, half: bool) -> nn.Module:
     packed = real_weights(model, half)
     if not packed:
         raise PlanError(
-            "the model holds no prepared layer, and no weight with enough exact zeros for a smaller file; prepare(model, "
-            "recipe) and train it, train it sparse, or shrink it"
+            "the model holds no prepared layer, and no weight with enough exact zeros for a smaller file; "
+            "prepare(model, recipe) and train it, train it sparse, or shrink it"
         )
     if not half:
         set_exact(model)

@@ -18,9 +18,10 @@ from ..errors import BudgetError, PlanError, WeightError, warn
 from ..report import report
 from .convert import convert
 from .data import Split
+from .fold import plain
 from .settings import TrainingRecipe
 from .sparse import is_sparse
-from .trained import calibration, plain
+from .trained import calibration
 
 Progress = Callable[[str, int, int], None]
 

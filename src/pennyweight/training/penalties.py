@@ -34,7 +34,8 @@ class _Entry(NamedTuple):
     points: list[tuple[float, float]]
 
     def strength_at(self, share: float) -> float:
-        return self.strength * float(np.interp(share, *zip(*self.points)))
+        shares, factors = zip(*self.points)
+        return self.strength * float(np.interp(share, shares, factors))
 
 
 class Penalties:
@@ -113,7 +114,7 @@ def _points(name: str, source: Any) -> list[tuple[float, float]]:
     except (TypeError, ValueError):
         points = []
     rising = all(before[0] < after[0] for before, after in pairwise(points))
-    if not points or not rising or not all(0 <= share <= 1 and 0 <= factor for share, factor in points):
+    if not points or not rising or not all(0 <= share <= 1 and factor >= 0 for share, factor in points):
         raise PlanError(
             f"penalty {name}: schedule is {source!r}; give points [share of the training, factor], such as "
             "[[0, 0], [0.2, 1]], shares rising within 0 to 1"

@@ -26,7 +26,9 @@ def real_weights(model: nn.Module, half: bool = False) -> dict[str, PackedWeight
     for site in weight_sites(model):
         weight = site.matrix()
         if not bool(torch.isfinite(weight).all()):
-            raise WeightError(f"{site.name} holds NaN or infinite values; training has diverged, go back to a checkpoint")
+            raise WeightError(
+                f"{site.name} holds NaN or infinite values; training has diverged, go back to a checkpoint"
+            )
         plain = site.parameter.detach()
         made: list[PackedWeight] = _exact(site, weight)
         if half:

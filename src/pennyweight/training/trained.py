@@ -1,7 +1,7 @@
 """What `pennyweight train` leaves behind, as a model to shrink, judge and report on, with its data.
 
-    model, recipe = load_trained("out/pwd")
-    small = pw.shrink(model, size="8kB", data=samples_of(recipe, 512))
+model, recipe = load_trained("out/pwd")
+small = pw.shrink(model, size="8kB", data=samples_of(recipe, 512))
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import ArtifactError, PlanError
 from ..layers.quantised import QuantisedLayer, weight_chain
 from .building import make_model
 from .data import Split, load_data
-from .fold import fold
+from .fold import plain
 from .prepare import prepare
 from .settings import TrainingRecipe
 
@@ -46,7 +46,9 @@ def load_trained(directory: str | os.PathLike[str]) -> tuple[nn.Module, Training
     try:
         model.load_state_dict(load_checkpoint(path / WEIGHTS))
     except RuntimeError as error:
-        raise ArtifactError(f"{path / WEIGHTS} does not fit {RECIPE} beside it: {' '.join(str(error).split())}") from None
+        raise ArtifactError(
+            f"{path / WEIGHTS} does not fit {RECIPE} beside it: {' '.join(str(error).split())}"
+        ) from None
     return plain(model), recipe
 
 
@@ -57,11 +59,6 @@ def require_plain(model: nn.Module, remedy: str) -> None:
             low_bit = any(type(transform).discrete for transform in weight_chain(layer) or ())
             if low_bit or layer.input_quantizer is not None or layer.output_transform is not None:
                 raise PlanError(f"{name} is a layer of low-bit weights or inputs, which shrink does not take; {remedy}")
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The model with its weight transforms folded, in place, in eval mode."""
-    return fold(model) if any(weight_chain(module) is not None for module in model.modules()) else model.eval()
 
 
 def samples_of(recipe: TrainingRecipe, count: int, held_out: bool = False) -> list[Tensor]:

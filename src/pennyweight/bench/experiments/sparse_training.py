@@ -1,6 +1,6 @@
 """From sparse training to a small file: accuracy against bytes of the finished file, on a small convolutional network.
 
-    python -m pennyweight.bench.experiments.sparse_training        (about half an hour on one core; goes on where it stopped)
+    python -m pennyweight.bench.experiments.sparse_training        (half an hour on one core; goes on where it stopped)
 
 All networks are trained for the same number of steps on the same Fashion-MNIST images, as recipes/sparse-training.yaml
 says but for what is named:
