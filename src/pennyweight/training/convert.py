@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..bundle import set_exact
+from ..bundle import round_to_stored, set_exact
 from ..compress.observe import evaluating
 from ..errors import PlanError, WeightError
 from ..formats import Binary, PackedWeight
@@ -94,9 +94,12 @@ def _convert_plain(model: nn.Module, half: bool) -> nn.Module:
             "the model holds no prepared layer, and no weight with enough exact zeros for a smaller file; "
             "prepare(model, recipe) and train it, train it sparse, or shrink it"
         )
-    if not half:
+    install(model.eval(), packed)
+    if half:
+        round_to_stored(model)
+    else:
         set_exact(model)
-    return install(model.eval(), packed)
+    return model
 
 
 class _Stored(NamedTuple):
