@@ -292,6 +292,8 @@ def test_one_command_from_training_to_a_file_that_keeps_the_zeros(tmp_path):
 def test_without_a_size_the_file_holds_the_very_weights(tmp_path):
     report = json.loads(pennyweight("train", recipe_file(tmp_path), "--json").stdout)
     trained, recipe = load_trained(tmp_path / "out")
+    shown = json.loads(pennyweight("inspect", tmp_path / "out" / "packed", "--norms", "--json").stdout)
+    assert shown["checksum"] == "ok" and shown["norms"]["zeros"] > 0.5 and shown["norms"]["logit_scale"] > 0
     small = pw.load(tmp_path / "out" / "packed", model=classifier())
     x = samples_of(recipe, 40)[0]
     assert torch.equal(small(x), trained(x))

@@ -22,6 +22,7 @@ from ..errors import ArtifactError
 from ..report import Report, report_artifact, with_times
 from ..report import report as make_report
 from ..report_norms import measure_norms
+from ..training.trained import is_trained
 from .screen import Json, Quiet, Screen
 from .shrinking import Data, Samples, summary
 from .sources import BATCH_SIZE, Source, load_data, load_packed, load_source, some_data
@@ -73,12 +74,24 @@ def _measured(
     if made is None:
         source = load_source(name)
         return make_report(source.model, inputs=load_data(data, source, BATCH_SIZE), norms=True, p=p or 0.5, name=name)
-    source = load_packed(Path(name), None if reference is None else load_source(reference))
+    source = load_packed(Path(name), _origin(Path(name), reference))
     if time:
         made = with_times(made, source.model, some_data(data, source), progress)
     if p is not None:
         made.norms = measure_norms(source.model, load_data(data, source, BATCH_SIZE), p=p)
     return made
+
+
+def _origin(directory: Path, reference: str | None) -> Source | None:
+    """The reference, or the training that the artifact comes from; None where that is not known."""
+    if reference is None:
+        try:
+            reference = _made_from(directory)
+        except ArtifactError:
+            return None
+        if not is_trained(Path(reference)):
+            return None
+    return load_source(reference)
 
 
 def _is_artifact(directory: Path) -> bool:

@@ -19,7 +19,7 @@ from ..report import report
 from .convert import convert
 from .data import Split
 from .fold import plain
-from .settings import TrainingRecipe
+from .settings import ShrinkSettings, TrainingRecipe
 from .sparse import is_sparse
 from .trained import calibration
 
@@ -39,25 +39,29 @@ def write_packed(
     train: what shrink calibrates on. None, and a warning, if there is nothing to pack or the size is out of reach.
     """
     try:
-        if recipe.shrink is None:
-            return model, save(convert(model), directory)
-        wanted = recipe.shrink
-        small = shrink(
-            plain(model),
-            size=wanted.size,
-            bits=wanted.bits,
-            ratio=wanted.ratio,
-            data=calibration(train.to(torch.device("cpu")), wanted.samples, recipe.seed),
-            methods=wanted.methods or None,
-            preset=wanted.preset,
-            recover=wanted.recover,
-            seed=recipe.seed,
-            progress=progress,
+        small = (
+            convert(model) if recipe.shrink is None else _shrunk(plain(model), recipe, recipe.shrink, train, progress)
         )
         made = report(small, name=recipe.output)
-        assert made.plan is not None  # shrink leaves it on the model
         details = made.to_dict() | {"source": recipe.output}
-        return small, save(small, directory, plan=made.plan.to_yaml(), report=details)
+        return small, save(small, directory, plan=made.plan and made.plan.to_yaml(), report=details)
     except (BudgetError, PlanError, WeightError) as error:
         warn(f"the model is trained, but not packed: {error}")
         return None
+
+
+def _shrunk(
+    model: nn.Module, recipe: TrainingRecipe, wanted: ShrinkSettings, train: Split, progress: Progress
+) -> nn.Module:
+    return shrink(
+        model,
+        size=wanted.size,
+        bits=wanted.bits,
+        ratio=wanted.ratio,
+        data=calibration(train.to(torch.device("cpu")), wanted.samples, recipe.seed),
+        methods=wanted.methods or None,
+        preset=wanted.preset,
+        recover=wanted.recover,
+        seed=recipe.seed,
+        progress=progress,
+    )

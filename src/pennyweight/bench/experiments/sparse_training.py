@@ -50,7 +50,7 @@ from .cifar_training import REPOSITORY, Contender, arguments_of, trained
 
 COMMAND = "python -m pennyweight.bench.experiments.sparse_training"
 RECIPE = REPOSITORY / "recipes" / "sparse-training.yaml"
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2)
 #: Contender -> its knob: decay of sum |w|^p, strength of sum |w|, share pruned, weight decay.
 KNOBS: dict[str, tuple[float, ...]] = {
     "pWD, p = 0.5": (1e-2, 3e-2, 1e-1),
@@ -65,6 +65,8 @@ CUTS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 #: Bytes: of files in half precision, and of files that shrink makes.
 SIZES, SHRUNK = (10_000, 20_000, 40_000), (4_000, 8_000)
 CALIBRATION, CHANCE = 512, 10.0
+#: Points of validation accuracy below the dense network with the first seed, from which on a strength is not repeated.
+COLLAPSED = 10
 
 
 def network() -> nn.Sequential:
@@ -231,19 +233,24 @@ def measure(bench: Bench, seeds: Sequence[int]) -> tuple[dict[str, float], Curve
     rates: dict[str, float] = {}
     curves: Curves = {}
     shrunk: dict[str, list[File]] = {}
+    first: dict[str, dict[float, dict[float, File]]] = {}
     for contender, knobs in KNOBS.items():
-        first = {rate: {k: bench.file(Run(contender, k, rate, seeds[0])) for k in knobs} for rate in RATES}
-        sizes = SIZES if contender != "dense" else (10**9,)
-        rates[contender] = chosen_rate(first, sizes)
-    for contender, knobs in KNOBS.items():
-        rate = rates[contender]
+        tried = {rate: {k: bench.file(Run(contender, k, rate, seeds[0])) for k in knobs} for rate in RATES}
+        rates[contender] = chosen_rate(tried, SIZES if contender != "dense" else (10**9,))
+        first[contender] = tried[rates[contender]]
+    best_dense = max(file.validation for file in first["dense"].values())
+    for contender, files in first.items():
+        kept = [knob for knob, file in files.items() if file.validation >= best_dense - COLLAPSED]
         if contender == "dense":  # its strength is no matter of size
-            knobs = (max(knobs, key=lambda knob: bench.file(Run("dense", knob, rate, seeds[0])).validation),)
-        runs = {knob: [Run(contender, knob, rate, seed) for seed in seeds] for knob in knobs}
+            kept = [max(files, key=lambda knob: files[knob].validation)]
+        runs = {knob: [Run(contender, knob, rates[contender], seed) for seed in seeds] for knob in kept}
         curves[contender] = {knob: [bench.file(run) for run in row] for knob, row in runs.items()}
+    for contender, row in curves.items():
         for size in SHRUNK:
-            best = max(knobs, key=lambda knob: bench.file(runs[knob][0], size).validation)
-            shrunk[f"{contender}, {size}"] = [bench.file(run, size) for run in runs[best]]
+            found = {knob: bench.file(Run(contender, knob, rates[contender], seeds[0]), size) for knob in row}
+            best = max(found, key=lambda knob: found[knob].validation)
+            chosen = [Run(contender, best, rates[contender], seed) for seed in seeds]
+            shrunk[f"{contender}, {size}"] = [bench.file(run, size) for run in chosen]
     return rates, curves, shrunk
 
 
