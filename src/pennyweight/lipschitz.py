@@ -25,6 +25,7 @@ from .compress.data import Call, output_tensor, per_sample
 from .compress.folding import fold_batch_norm
 from .compress.observe import evaluating
 from .errors import PlanError
+from .layers.packed import PackedModule
 from .layers.psilon_block import CReLU, PSiLONBlock
 from .layers.quantised import QuantisedLayer
 
@@ -54,10 +55,11 @@ def lipschitz_bound(model: nn.Module, example: Call | None = None) -> float:
 
     model: nested nn.Sequential (or modules that hold nothing but one) of Linear layers, convolutions, PSiLON blocks,
     batch norms, poolings and activations. example: a batch, with which batch norms are folded into the layers before
-    them: that makes the bound tighter. Raises `PlanError` on other modules.
+    them, if those are not packed: that makes the bound tighter. Raises `PlanError` on other modules.
     """
     layers = list(chain_of(model))
-    if example is not None and any(isinstance(layer, _BatchNorm) for layer in layers):
+    packed = any(isinstance(layer, PackedModule) for layer in layers)
+    if example is not None and not packed and any(isinstance(layer, _BatchNorm) for layer in layers):
         model = copy.deepcopy(model)
         fold_batch_norm(model, example)
         layers = list(chain_of(model))

@@ -152,6 +152,11 @@ class Report:
         return dict(total.most_common())
 
     @property
+    def packed(self) -> bool:
+        """Whether it is of a packed model: of others only norms are measured."""
+        return not all(kind == "float" for row in self.layers for kind, _ in row.parts)
+
+    @property
     def timed(self) -> bool:
         return any(row.microseconds is not None for row in self.layers)
 

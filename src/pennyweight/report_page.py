@@ -31,6 +31,8 @@ _SENSITIVITIES = 15
 def page(report: Report) -> str:
     """The HTML text of a report."""
     sections = (_head, _frontier, _limits, _bars, _sensitivity, _histograms, _norms, _table)
+    if not report.packed:
+        sections = (_head, _bars, _norms)
     body = "\n".join(filter(None, (section(report) for section in sections)))
     footer = "Written by pennyweight. Bytes are those on disk: model.safetensors and config.json."
     return document(f"{report.name}, {size_text(report.size)}: pennyweight report", body, footer)
@@ -362,8 +364,9 @@ def _norms(report: Report) -> str:
     return (
         "<section><h2>Norms</h2><p>What training has done to the weights. Adaptivity is the gradient over the weight: "
         "the share of itself by which a unit of learning rate moves a layer. The Lipschitz constant says how far a "
-        "change of the input can go, in Euclidean norms; the path norm, from the largest change of an input to the "
-        f'sum of the outputs\'.</p><dl class="figures">{facts}</dl><details open><summary>Layer by layer</summary>'
+        "change of the input can go, both measured by their Euclidean norms; the path norm, if inputs are measured by "
+        "their largest change and outputs by the sum of theirs. It is exact or a bound; biases do not count.</p>"
+        f'<dl class="figures">{facts}</dl><details open><summary>Weight by weight</summary>'
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
         "</section>"
     )

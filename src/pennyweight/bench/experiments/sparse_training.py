@@ -57,16 +57,16 @@ KNOBS: dict[str, tuple[float, ...]] = {
     "pWD, p = 0.8": (3e-2, 1e-1, 3e-1),
     "pWD, p = 1": (1e-1, 3e-1, 1.0),
     "l1 penalty": (1e-4, 3e-4, 1e-3),
-    "pruned": (0.8, 0.92, 0.97),
+    "pruned": (0.9, 0.96, 0.985),
     "dense": (0.0, 0.05),
 }
 PRUNED_DECAY = 0.05
 CUTS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 #: Bytes: of files in half precision, and of files that shrink makes.
-SIZES, SHRUNK = (10_000, 20_000, 40_000), (4_000, 8_000)
+SIZES, SHRUNK = (5_000, 15_000, 50_000), (6_000,)
 CALIBRATION, CHANCE = 512, 10.0
 #: Points of validation accuracy below the dense network with the first seed, from which on a strength is not repeated.
-COLLAPSED = 10
+COLLAPSED = 5
 
 
 def network() -> nn.Sequential:
