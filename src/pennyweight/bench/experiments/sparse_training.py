@@ -15,7 +15,8 @@ says but for what is named:
 Files are of two kinds: zeros as zeros and the other weights in half precision (`pennyweight.convert`), and what
 `pennyweight.shrink` makes at a given size. The learning rate of each comes from one grid for all: the one with the best
 validation accuracy of a file within each of `SIZES`, on average, with the first seed. Which strength serves at which
-size is chosen on validation images of the first seed, too.
+size is chosen on validation images of the first seed, too; strengths that serve nowhere are trained with that seed
+alone, and stand in the curves without a spread.
 
 Data: PENNYWEIGHT_DATA, default ../shared/data beside the repository.
 """
@@ -65,8 +66,8 @@ CUTS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 #: Bytes: of files in half precision, and of files that shrink makes.
 SIZES, SHRUNK = (5_000, 15_000, 50_000), (6_000,)
 CALIBRATION, CHANCE = 512, 10.0
-#: Points of validation accuracy below the dense network with the first seed, from which on a strength is not repeated.
-COLLAPSED = 5
+#: The strengths that serve best within these bytes are trained with all seeds, the others with the first.
+REPEATED = (15_000,)
 
 
 def network() -> nn.Sequential:
@@ -233,21 +234,26 @@ def measure(bench: Bench, seeds: Sequence[int]) -> tuple[dict[str, float], Curve
     rates: dict[str, float] = {}
     curves: Curves = {}
     shrunk: dict[str, list[File]] = {}
-    first: dict[str, dict[float, dict[float, File]]] = {}
+    first: dict[str, dict[float, File]] = {}
     for contender, knobs in KNOBS.items():
         tried = {rate: {k: bench.file(Run(contender, k, rate, seeds[0])) for k in knobs} for rate in RATES}
         rates[contender] = chosen_rate(tried, SIZES if contender != "dense" else (10**9,))
         first[contender] = tried[rates[contender]]
-    best_dense = max(file.validation for file in first["dense"].values())
+    best_dense = max(first["dense"].items(), key=lambda item: item[1].validation)
+    first["dense"] = dict([best_dense])  # its strength is no matter of size
     for contender, files in first.items():
-        kept = [knob for knob, file in files.items() if file.validation >= best_dense - COLLAPSED]
-        if contender == "dense":  # its strength is no matter of size
-            kept = [max(files, key=lambda knob: files[knob].validation)]
-        runs = {knob: [Run(contender, knob, rates[contender], seed) for seed in seeds] for knob in kept}
-        curves[contender] = {knob: [bench.file(run) for run in row] for knob, row in runs.items()}
+        kept = {within(files, size) for size in REPEATED} if contender != "dense" else set(files)
+        curves[contender] = {
+            knob: [
+                bench.file(Run(contender, knob, rates[contender], seed))
+                for seed in (seeds if knob in kept else seeds[:1])
+            ]
+            for knob in files
+        }
     for contender, row in curves.items():
         for size in SHRUNK:
-            found = {knob: bench.file(Run(contender, knob, rates[contender], seeds[0]), size) for knob in row}
+            repeated = [knob for knob, files in row.items() if len(files) == len(seeds)]
+            found = {knob: bench.file(Run(contender, knob, rates[contender], seeds[0]), size) for knob in repeated}
             best = max(found, key=lambda knob: found[knob].validation)
             chosen = [Run(contender, best, rates[contender], seed) for seed in seeds]
             shrunk[f"{contender}, {size}"] = [bench.file(run, size) for run in chosen]
@@ -255,10 +261,12 @@ def measure(bench: Bench, seeds: Sequence[int]) -> tuple[dict[str, float], Curve
 
 
 def best_within(curves: Curves, contender: str, size: int) -> list[File] | None:
-    """The files of the strength that serves best within `size` on average over seeds, by validation."""
+    """The files of the strength that serves best within `size` on average, by validation, of those with most seeds."""
+    most = max(map(len, curves[contender].values()))
     mean = {
         knob: File(round(fmean(f.nbytes for f in files)), 0, fmean(f.validation for f in files), 0)
         for knob, files in curves[contender].items()
+        if len(files) == most
     }
     knob = within(mean, size)
     return None if knob is None else curves[contender][knob]
@@ -277,7 +285,7 @@ def conclusions(rates: Mapping[str, float], curves: Curves, shrunk: Mapping[str,
     decays = [name for name in KNOBS if name.startswith("pWD")]
     dense = fmean(file.test for files in curves["dense"].values() for file in files)
     lines = []
-    for size in SIZES:
+    for size in REPEATED:
         found = {name: files for name in KNOBS if (files := best_within(curves, name, size))}
         if not found or not any(name in found for name in decays):
             continue
@@ -350,10 +358,10 @@ def tables(rates: Mapping[str, float], curves: Curves, shrunk: Mapping[str, Sequ
             for knob, files in row.items()
         },
     )
-    best = {name: [best_within(curves, name, size) for size in SIZES] for name in KNOBS}
+    best = {name: [best_within(curves, name, size) for size in REPEATED] for name in KNOBS}
     yield Table(
         "The best half-precision file within a size, strength chosen on validation images: test accuracy, %",
-        ["contender", *(f"{size:,} bytes" for size in SIZES)],
+        ["contender", *(f"{size:,} bytes" for size in REPEATED)],
         {name: [[f.test for f in files] if files else "" for files in row] for name, row in best.items()},
     )
     yield Table(
