@@ -66,6 +66,8 @@ CUTS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 #: Bytes: of files in half precision, and of files that shrink makes.
 SIZES, SHRUNK = (5_000, 15_000, 50_000), (6_000,)
 CALIBRATION, CHANCE = 512, 10.0
+#: What is shrunk.
+TO_SHRINK = ("pWD, p = 0.5", "pWD, p = 0.8", "pruned", "dense")
 #: The strengths that serve best within these bytes are trained with all seeds, the others with the first.
 REPEATED = (15_000,)
 
@@ -250,9 +252,9 @@ def measure(bench: Bench, seeds: Sequence[int]) -> tuple[dict[str, float], Curve
             ]
             for knob in files
         }
-    for contender, row in curves.items():
+    for contender in TO_SHRINK:
+        repeated = [knob for knob, files in curves[contender].items() if len(files) == len(seeds)]
         for size in SHRUNK:
-            repeated = [knob for knob, files in row.items() if len(files) == len(seeds)]
             found = {knob: bench.file(Run(contender, knob, rates[contender], seeds[0]), size) for knob in repeated}
             best = max(found, key=lambda knob: found[knob].validation)
             chosen = [Run(contender, best, rates[contender], seed) for seed in seeds]
@@ -296,8 +298,7 @@ def conclusions(rates: Mapping[str, float], curves: Curves, shrunk: Mapping[str,
             line += f"; no file of {other} is so small" if other not in found else ""
         lines.append(line + ".")
     for size in SHRUNK:
-        names = [name for name in KNOBS if name != "dense"]
-        best = max(names, key=lambda name: fmean(f.validation for f in shrunk[f"{name}, {size}"]))
+        best = max(TO_SHRINK[:-1], key=lambda name: fmean(f.validation for f in shrunk[f"{name}, {size}"]))
         lines.append(
             f"Shrunk to {size:,} bytes: {best} does best, {fmean(f.test for f in shrunk[f'{best}, {size}']):.1f} %; "
             f"against the dense network shrunk to the same bytes "
@@ -332,10 +333,11 @@ def draw(path: Path, curves: Curves, shrunk: Mapping[str, Sequence[File]]) -> No
         heights = [fmean(tests) for _, tests in points]
         spread = [stdev(tests) if len(tests) > 1 else 0 for _, tests in points]
         line = axes.errorbar([at for at, _ in points], heights, spread, marker="o", capsize=2, label=contender)
-        small = [(size, fmean(f.test for f in shrunk[f"{contender}, {size}"])) for size in SHRUNK]
-        axes.plot(*zip(*small), marker="^", linestyle=":", color=line[0].get_color())
+        if contender in TO_SHRINK:
+            small = [fmean(f.test for f in shrunk[f"{contender}, {size}"]) for size in SHRUNK]
+            axes.plot(SHRUNK, small, marker="^", linestyle=":", color=line[0].get_color())
     axes.set(xscale="log", xlabel="bytes of the finished file", ylabel="test accuracy, %")
-    axes.set_title("lines and dots: half precision; dotted lines and triangles: shrunk")
+    axes.set_title("dots: half precision, zeros as zeros; triangles: shrunk")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -367,7 +369,7 @@ def tables(rates: Mapping[str, float], curves: Curves, shrunk: Mapping[str, Sequ
     yield Table(
         "Shrunk to a size, strength chosen on validation images: test accuracy, %",
         ["contender", *(f"{size:,} bytes" for size in SHRUNK)],
-        {name: [[f.test for f in shrunk[f"{name}, {size}"]] for size in SHRUNK] for name in KNOBS},
+        {name: [[f.test for f in shrunk[f"{name}, {size}"]] for size in SHRUNK] for name in TO_SHRINK},
     )
 
 
