@@ -66,6 +66,8 @@ CUTS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 #: Bytes: of files in half precision, and of files that shrink makes.
 SIZES, SHRUNK = (5_000, 15_000, 50_000), (6_000,)
 CALIBRATION, CHANCE = 512, 10.0
+#: Points below the best accuracy that the picture reaches down to.
+_SHOWN = 15
 #: What is shrunk.
 TO_SHRINK = ("pWD, p = 0.5", "pWD, p = 0.8", "pruned", "dense")
 #: The strengths that serve best within these bytes are trained with all seeds, the others with the first.
@@ -337,6 +339,8 @@ def draw(path: Path, curves: Curves, shrunk: Mapping[str, Sequence[File]]) -> No
             small = [fmean(f.test for f in shrunk[f"{contender}, {size}"]) for size in SHRUNK]
             axes.plot(SHRUNK, small, marker="^", linestyle=":", color=line[0].get_color())
     axes.set(xscale="log", xlabel="bytes of the finished file", ylabel="test accuracy, %")
+    top = max(file.test for row in curves.values() for files in row.values() for file in files)
+    axes.set_ylim(top - _SHOWN, top + 1)
     axes.set_title("dots: half precision, zeros as zeros; triangles: shrunk")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -392,8 +396,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data=f"Fashion-MNIST, {recipe.data.validation:,} of the 60,000 training images for validation, all 10,000 test "
         f"images. Network of 106,000 weights, two convolutions and two linear layers, {recipe.steps} steps of "
         f"{recipe.batch} images, cosine schedule, learning rates {', '.join(f'{rate:g}' for rate in RATES)} for each "
-        f"contender and strength with the first seed; weight decay of what is pruned {PRUNED_DECAY:g}; {CALIBRATION} "
-        f"images to calibrate shrink. Bytes are those of model.safetensors and config.json. ![curves]({picture.name})",
+        f"contender and strength with the first seed, which alone trains strengths that do not serve best within "
+        f"{REPEATED[0]:,} bytes; weight decay of what is pruned {PRUNED_DECAY:g}; {CALIBRATION} images to calibrate "
+        f"shrink. Bytes are those of model.safetensors and config.json. ![curves]({picture.name})",
         conclusion_lines=conclusions(rates, curves, shrunk),
     )
     print(options.out.read_text(encoding="utf-8"))
