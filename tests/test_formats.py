@@ -71,7 +71,7 @@ def make(kind: str, rows: int, cols: int, seed: int) -> PackedWeight:
     if kind == "binary":
         return Binary.encode(weight, group)
     if kind == "sparse":
-        return Sparse.encode(weight, weight.abs() > weight.abs().mean() * pick(0, 1, 2.5, 99), pick(16, 2, 5, 8))
+        return Sparse.encode(weight, weight.abs() > weight.abs().mean() * pick(0, 1, 2.5, 99), pick(16, 32, 2, 5, 8))
     if kind == "codebook":
         d, entries = pick(1, 2, 3, 8), pick(1, 2, 7, 300)
         scale = pick(None, torch.rand(rows, generator=g))
@@ -312,6 +312,7 @@ def test_sparse_keeps_what_the_mask_keeps() -> None:
     weight = torch.randn(9, 33)
     mask = weight.abs() > 1
     assert torch.equal(Sparse.encode(weight, mask).decode(), (weight * mask).half().float())
+    assert torch.equal(Sparse.encode(weight, mask, 32).decode(), weight * mask)
     for bits in (2, 4, 8):
         decoded = Sparse.encode(weight, mask, bits).decode()
         step = (weight * mask).abs().amax(1, keepdim=True) / ((1 << bits - 1) - 1)

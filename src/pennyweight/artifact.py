@@ -35,6 +35,7 @@ from .bundle import (
     pack_rest,
     predict_bytes,
     round_to_stored,
+    set_exact,
     unpack_rest,
     weights_file,
 )
@@ -71,7 +72,7 @@ class Artifact:
     config: config.json. blobs: name of a packed weight -> its blob. rest: all other tensors by name. aliases: further
     name of a tied tensor -> the name it is stored under. folded: (layer, batch norm) names. input_bits: module name ->
     bits of its input quantiser. quantised: `layers.quantised.structure` of a converted model. nbytes: size of the two
-    files.
+    files. exact: whether the rest is stored in its own types.
     """
 
     config: dict[str, Any]
@@ -82,6 +83,7 @@ class Artifact:
     input_bits: dict[str, int]
     quantised: dict[str, Any]
     nbytes: int
+    exact: bool = False
 
     def packed_weights(self) -> dict[str, PackedWeight]:
         return {name: from_bytes(blob) for name, blob in self.blobs.items()}
@@ -300,6 +302,8 @@ def _restore_structure(model: nn.Module, artifact: Artifact) -> None:
         module = model.get_submodule(name)
         device = next((t.device for t in module.state_dict(keep_vars=True).values()), None)
         attach_input_quantizer(module, ActivationQuantizer(bits).to(device))
+    if artifact.exact:
+        set_exact(model)
     if artifact.quantised:
         restore(model, artifact.quantised, artifact.rest)
 
@@ -332,6 +336,7 @@ def read_artifact(directory: str | os.PathLike[str]) -> Artifact:
         input_bits=index.get("input_bits", {}),
         quantised=index.get("quantised", {}),
         nbytes=len(raw) + len(data),
+        exact=bool(index.get("exact", False)),
     )
 
 

@@ -53,11 +53,21 @@ def stored_dtype(tensor: Tensor, exact: bool = False) -> torch.dtype:
     return tensor.dtype if tensor.element_size() <= 2 else torch.float32
 
 
+def set_exact(model: nn.Module) -> None:
+    """Have every tensor of the model that is not packed stored in its own type from now on."""
+    model._pennyweight_exact = True  # pyright: ignore[reportArgumentType]
+
+
+def is_exact(model: nn.Module) -> bool:
+    """Whether tensors that are not packed are stored in their own type: told so, or with quantised layers."""
+    return bool(getattr(model, "_pennyweight_exact", False)) or bool(structure(model))
+
+
 @torch.no_grad()
 def round_to_stored(model: nn.Module) -> None:
     """Give every tensor that is not packed the value it will have after save and load, in place. Call it after install:
     weights not yet packed are rounded, too."""
-    exact = bool(structure(model))
+    exact = is_exact(model)
     for tensor in _rest_tensors(model, ())[0].values():
         tensor.copy_(tensor.to(stored_dtype(tensor, exact)))
 
@@ -78,23 +88,42 @@ def pack_rest(model: nn.Module, packed: Iterable[str] = ()) -> bytes:
     and so on; per item size first the lowest byte of every item, then the next (bytes of one kind compress best).
     """
     tensors, aliases = _rest_tensors(model, packed)
-    quantised = structure(model)
+    quantised, exact = structure(model), is_exact(model)
     entries: list[list[Any]] = []
     groups: dict[int, list[bytes]] = {}
     for name, tensor in tensors.items():
-        stored = tensor.detach().to("cpu", stored_dtype(tensor, bool(quantised))).contiguous()
+        stored = tensor.detach().to("cpu", stored_dtype(tensor, exact)).contiguous()
         entries.append([name, str(stored.dtype).removeprefix("torch."), list(tensor.shape)])
-        groups.setdefault(stored.element_size(), []).append(stored.reshape(-1).view(torch.uint8).numpy().tobytes())
+        groups.setdefault(stored.element_size(), []).append(_raw(stored))
     index: dict[str, Any] = {"tensors": entries}
-    structures = {"folded": _folded(model), "input_bits": _input_bits(model), "quantised": quantised}
+    structures: dict[str, Any] = {"folded": _folded(model), "input_bits": _input_bits(model), "quantised": quantised}
+    if exact and not quantised:
+        structures["exact"] = True
     for key, value in {"aliases": aliases, **structures}.items():
         if value:
             index[key] = value
     text = compact_json(index)
-    planes = [
-        np.frombuffer(b"".join(groups[size]), dtype=np.uint8).reshape(-1, size).T.tobytes() for size in sorted(groups)
-    ]
+    planes = [_planes(b"".join(groups[size]), size) for size in sorted(groups)]
     return zlib.compress(b"".join([struct.pack("<I", len(text)), text, *planes]), 9)
+
+
+def rest_bytes(tensor: Tensor) -> int:
+    """About what a tensor takes in the bundle, stored in its own type."""
+    return len(zlib.compress(_planes(_raw(tensor.detach().cpu().contiguous()), tensor.element_size()), 9))
+
+
+def blob_entry_bytes(name: str, nbytes: int) -> int:
+    """About what naming a blob in the header takes."""
+    return len(_header({name: nbytes})) - len(_header({}))
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _planes(raw: bytes, size: int) -> bytes:
+    """The lowest byte of every item, then the next."""
+    return np.frombuffer(raw, dtype=np.uint8).reshape(-1, size).T.tobytes()
 
 
 def unpack_rest(bundle: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

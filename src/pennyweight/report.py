@@ -4,6 +4,10 @@
     print(report);  report.save("report.html");  report.save("report.json")
 
 inputs and original are optional: the first counts multiplications, the second draws the weights as they were.
+
+    print(pw.report(model, norms=True, inputs=batch))          # of any model, while or after it trains
+
+adds the norms of the weights, the scale of the logits, path norm and Lipschitz bounds (report_norms.py).
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from .errors import ArtifactError, DataError, WeightError
 from .formats import PackedWeight
 from .layers.packed import packed_blobs, packed_weights
 from .layers.sites import weight_sites
+from .report_norms import Norms, effective_weights, measure_norms
 from .report_storage import count_macs, storage, storage_parts
 
 #: Layers drawn with a histogram: the largest so many.
@@ -100,7 +105,7 @@ class Report:
 
     parameters: of the whole model. frontier: (bytes, distortion) of the best plans at other sizes, largest first.
     recovered: loss before and after recovery training, if there was any. promise: seconds asked for and measured, if a
-    latency was asked for. plan: as carried out; None for a loaded model.
+    latency was asked for. plan: as carried out; None for a loaded model. norms: where they were asked for.
     """
 
     layers: list[LayerRow]
@@ -114,6 +119,7 @@ class Report:
     name: str = "model"
     plan: Plan | None = None
     promise: Promise | None = None
+    norms: Norms | None = None
 
     @property
     def other_bytes(self) -> int:
@@ -144,6 +150,11 @@ class Report:
         for row in self.layers:
             total.update(row.macs or {})
         return dict(total.most_common())
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is of a packed model: of others only norms are measured."""
+        return not all(kind == "float" for row in self.layers for kind, _ in row.parts)
 
     @property
     def timed(self) -> bool:
@@ -184,7 +195,8 @@ class Report:
             if not self.timed:
                 del values["microseconds"], values["original_microseconds"]
             rows.append(values | {"bits_per_weight": row.bits_per_weight})
-        promise = {} if self.promise is None else {"latency": self.promise._asdict()}
+        more = {} if self.promise is None else {"latency": self.promise._asdict()}
+        more |= {} if self.norms is None else {"norms": self.norms.to_dict()}
         return {
             "name": self.name,
             "size": self.size,
@@ -197,7 +209,7 @@ class Report:
             "other_bytes": self.other_bytes,
             "macs": self.macs,
             "recovered": self.recovered,
-            **promise,
+            **more,
             "solver": self.solver,
             "smallest": self.smallest,
             "layers": rows,
@@ -253,7 +265,7 @@ class Report:
 
     def __str__(self) -> str:
         out = io.StringIO()
-        Console(file=out, width=140).print(self.table())
+        Console(file=out, width=140).print(*[self.table(), *([] if self.norms is None else [self.norms.table()])])
         return out.getvalue()
 
 
@@ -264,17 +276,27 @@ def report(
     original: nn.Module | None = None,
     name: str | None = None,
     time: bool = False,
+    norms: bool = False,
+    p: float = 0.5,
+    targets: Tensor | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
     """The report of a packed model, from `shrink` or `load` (the latter knows neither plan nor distortion).
 
     inputs: calibration data as `shrink` takes it; its first batch is run to count multiplications. original: the model
     before, for the histograms. name: heads the page. time: measure each layer on the first batch of inputs, beside
-    itself unpacked. Raises WeightError if the model is not packed, DataError for a time without inputs.
+    itself unpacked. norms: measure weights, logits and bounds, of models that are not packed, too; p: of the power
+    sums, targets: the classes of the inputs (see `report_norms.measure_norms`).
+    Raises WeightError if the model is not packed, DataError for a time without inputs.
     """
     packed = packed_weights(model)
+    if not packed and not norms:
+        raise WeightError(
+            f"{type(model).__name__} holds no packed weight; report what shrink or load returns, or give norms=True"
+        )
+    measured = measure_norms(model, inputs, targets, p) if norms else None
     if not packed:
-        raise WeightError(f"{type(model).__name__} holds no packed weight; report what shrink or load returns")
+        return _of_unpacked(model, measured, name)
     blobs = {names[0]: len(blob) for names, blob in packed_blobs(model).items()}
     record = getattr(model, "_pennyweight", None)
     plan = record.plan if isinstance(record, Record) else None
@@ -286,10 +308,25 @@ def report(
         macs=count_macs(model, packed, inputs) if inputs is not None else None,
         histograms=_histograms(model, packed, original),
     )
-    made.name = name or type(model).__name__
+    made.name, made.norms = name or type(model).__name__, measured
     if isinstance(record, Record):
         made.recovered, made.promise = record.recovered, record.promise
     return with_times(made, model, inputs, progress) if time else made
+
+
+def _of_unpacked(model: nn.Module, norms: Norms | None, name: str | None) -> Report:
+    """Rows of the weights as they are."""
+    rows = []
+    for layer, weight, _ in effective_weights(model):
+        nbytes, kind = weight.numel() * weight.element_size(), str(weight.dtype).removeprefix("torch.")
+        row = LayerRow(
+            layer, None, tuple(weight.shape), None, kind, [("float", nbytes)], nbytes, nbytes, weight.numel()
+        )
+        rows.append(row)
+    state = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Report(rows, size, parameters, name=name or type(model).__name__, norms=norms)
 
 
 def with_times(

@@ -21,6 +21,7 @@ KINDS = {
     "stacked": "stages",
     "signed-lowrank": "signs of low rank",
     "dense16": "16-bit floats",
+    "float": "floats as trained",
 }
 #: Layers drawn one by one; the rest share a line.
 _BARS = 48
@@ -29,7 +30,9 @@ _SENSITIVITIES = 15
 
 def page(report: Report) -> str:
     """The HTML text of a report."""
-    sections = (_head, _frontier, _limits, _bars, _sensitivity, _histograms, _table)
+    sections = (_head, _frontier, _limits, _bars, _sensitivity, _histograms, _norms, _table)
+    if not report.packed:
+        sections = (_head, _bars, _norms)
     body = "\n".join(filter(None, (section(report) for section in sections)))
     footer = "Written by pennyweight. Bytes are those on disk: model.safetensors and config.json."
     return document(f"{report.name}, {size_text(report.size)}: pennyweight report", body, footer)
@@ -343,6 +346,34 @@ def _histogram_svg(histogram: Histogram) -> str:
         f'<text x="{width / 2}" y="{height - 2}" text-anchor="middle">0</text>'
         f'<text x="{width}" y="{height - 2}" text-anchor="end">{histogram.high:.2g}</text></svg>'
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- norms
+
+
+def _norms(report: Report) -> str:
+    if report.norms is None:
+        return ""
+    facts = "".join(f"<div><dt>{escape(t)}</dt><dd>{escape(v)}</dd></div>" for t, v in report.norms.figures())
+    heads, rows = report.norms.cells()
+    head = "".join(f"<th{_right(index)}>{escape(text)}</th>" for index, text in enumerate(heads))
+    body = "".join(
+        "<tr>" + "".join(f"<td{_right(index)}>{escape(cell)}</td>" for index, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    return (
+        "<section><h2>Norms</h2><p>What training has done to the weights. Adaptivity is the gradient over the weight: "
+        "the share of itself by which a unit of learning rate moves a layer. The Lipschitz constant says how far a "
+        "change of the input can go, both measured by their Euclidean norms; the path norm, if inputs are measured by "
+        "their largest change and outputs by the sum of theirs. It is exact or a bound; biases do not count.</p>"
+        f'<dl class="figures">{facts}</dl><details open><summary>Weight by weight</summary>'
+        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
+        "</section>"
+    )
+
+
+def _right(index: int) -> str:
+    return ' class="name"' if index == 0 else "" if index == 1 else ' class="n"'
 
 
 # -------------------------------------------------------------------------------------------------------------- table

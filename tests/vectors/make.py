@@ -102,6 +102,7 @@ def vectors() -> dict[str, PackedWeight]:
         "binary-row-log8": Binary.from_signs(spots, row_scale, 0, "log8"),
         "binary-range": Binary.from_signs(regular, torch.ones(24, 1), 0),
         "sparse": Sparse.encode(weight, spots),
+        "sparse-float32": Sparse.encode(weight / 3, spots, 32),
         "sparse-3bit": Sparse.encode(weight, spots, 3),
         "sparse-8bit": Sparse.encode(weight, spots, 8),
         "sparse-bitmap-range": Sparse.encode(torch.ones(12, 40), skewed(12, 40, 4) == 9, 2),

@@ -14,42 +14,89 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import registry
-from ..artifact import REPORT, read_artifact
+from ..artifact import CONFIG, REPORT, read_artifact
 from ..bench.fidelity import embedding_fidelity, median_milliseconds, output_fidelity
 from ..compress.data import calls
 from ..compress.shrink import PRESETS
 from ..errors import ArtifactError
-from ..report import report_artifact, with_times
+from ..report import Report, report_artifact, with_times
+from ..report import report as make_report
+from ..report_norms import measure_norms
+from ..training.trained import is_trained
 from .screen import Json, Quiet, Screen
 from .shrinking import Data, Samples, summary
-from .sources import Source, load_packed, load_source, some_data
+from .sources import BATCH_SIZE, Source, load_data, load_packed, load_source, some_data
 
+Model = Annotated[str, typer.Argument(help="A directory that pennyweight shrink wrote; with --norms any MODEL.")]
 Directory = Annotated[Path, typer.Argument(help="A directory that pennyweight shrink wrote.")]
 
 
 def inspect(
-    directory: Directory,
+    model: Model,
     time: Annotated[bool, typer.Option("--time", help="Measure each layer here, beside itself unpacked.")] = False,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="Measure norms of weights, logits, path norm and Lipschitz bounds.")
+    ] = False,
+    p: Annotated[float, typer.Option(help="With --norms: the p of sum |w|^p.")] = 0.5,
     reference: Annotated[
-        str | None, typer.Option(help="With --time: the module:factory of a model that is not transformers'.")
+        str | None, typer.Option(help="With --time and --norms: the MODEL it was made from, if not transformers'.")
     ] = None,
     data: Data = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report as .html or .json.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """What a shrunk model consists of, layer by layer; its checksum is verified."""
+    """What a shrunk model consists of, layer by layer; its checksum is verified. With --norms of any other, too."""
     screen = Screen(as_json, quiet)
-    made = report_artifact(directory)
-    if time:
+    packed = not norms or _is_artifact(Path(model))
+    made = report_artifact(model) if packed else None
+    if time or norms:
         with screen.working() as progress:
-            source = load_packed(directory, None if reference is None else load_source(reference))
-            made = with_times(made, source.model, some_data(data, source), progress)
+            made = _measured(made, model, reference, data, time, p if norms else None, progress)
+    assert made is not None  # of an artifact, or measured
+    if output is not None:
+        made.save(output)
     if as_json:
-        screen.json(made.to_dict() | {"checksum": "ok"})
+        screen.json(made.to_dict() | ({"checksum": "ok"} if packed else {}))
         return
     screen.show(made.table())
+    if made.norms is not None:
+        screen.show(made.norms.table())
     screen.line(summary(made))
-    screen.line("[green]checksum ok[/]")
+    if packed:
+        screen.line("[green]checksum ok[/]")
+
+
+def _measured(
+    made: Report | None, name: str, reference: str | None, data: str | None, time: bool, p: float | None, progress: Any
+) -> Report:
+    """The report of an artifact, or a new one, with times and (for a p) norms."""
+    if made is None:
+        source = load_source(name)
+        return make_report(source.model, inputs=load_data(data, source, BATCH_SIZE), norms=True, p=p or 0.5, name=name)
+    source = load_packed(Path(name), _origin(Path(name), reference))
+    if time:
+        made = with_times(made, source.model, some_data(data, source), progress)
+    if p is not None:
+        made.norms = measure_norms(source.model, load_data(data, source, BATCH_SIZE), p=p)
+    return made
+
+
+def _origin(directory: Path, reference: str | None) -> Source | None:
+    """The reference, or the training that the artifact comes from; None where that is not known."""
+    if reference is None:
+        try:
+            reference = _made_from(directory)
+        except ArtifactError:
+            return None
+        if not is_trained(Path(reference)):
+            return None
+    return load_source(reference)
+
+
+def _is_artifact(directory: Path) -> bool:
+    config = directory / CONFIG
+    return config.is_file() and b'"pennyweight"' in config.read_bytes()
 
 
 def evaluate(
@@ -70,7 +117,7 @@ def evaluate(
         small = load_packed(directory, original)
         progress("loading", 1, 3)
         batches = some_data(data, original, samples, held_out=True)
-        if data is None:
+        if data is None and original.recipe is None:
             screen.note("no --data: measuring on held-out sentences of Python's English documentation")
         result = _fidelity(original, small, batches)
         progress("measuring fidelity", 2, 3)

@@ -21,7 +21,9 @@ from ..report_page import size_text
 from .screen import Json, Quiet, Screen
 from .sources import Source, load_data, load_source
 
-Model = Annotated[str, typer.Argument(help="Directory with safetensors, module:factory, or hub name owner/model.")]
+Model = Annotated[
+    str, typer.Argument(help="Directory with safetensors or of a training, module:factory, or hub name owner/model.")
+]
 Size = Annotated[str | None, typer.Option(help="Bytes of all files, such as 7MB, 900kB, 6.5MiB.")]
 Bits = Annotated[float | None, typer.Option(help="Or: bits on disk per parameter, everything counted.")]
 Ratio = Annotated[float | None, typer.Option(help="Or: how many times smaller.")]
@@ -178,7 +180,9 @@ def _plan_line(made: Plan) -> str:
 
 def _calibration(screen: Screen, source: Source, data: str | None, samples: int) -> list[Any] | None:
     batches = load_data(data, source, samples)
-    if data is None and batches is not None:
+    if data is None and source.recipe is not None:
+        screen.note(f"no --data: calibrating on the data of its training, {source.recipe.data.name}")
+    elif data is None and batches is not None:
         screen.note("no --data: calibrating on Python's own English documentation; text of your own does better")
     elif batches is None:
         screen.note("no --data: the weights alone decide (preset no-data); a few samples of real data do much better")

@@ -20,6 +20,8 @@ from ..factory import FACTORY, call_factory
 from ..models.english_text import calibration_text, held_out_text
 from ..models.pretrained import has_tokenizer, load_pretrained, load_tokenizer, quiet_transformers
 from ..models.sentence_encoder import SentenceEncoder, copy_side_files, is_sentence_encoder
+from ..training.settings import TrainingRecipe
+from ..training.trained import is_trained, load_trained, samples_of
 
 BATCH_SIZE = 32
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,13 +30,15 @@ _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*
 
 @dataclass(frozen=True)
 class Source:
-    """A model and what came with it. directory, tokenizer, encoder: None where there is none."""
+    """A model and what came with it. directory, tokenizer, encoder: None where there is none. recipe: of the training
+    that made it, which knows its data."""
 
     name: str
     model: nn.Module
     directory: Path | None = None
     tokenizer: Any = None
     encoder: SentenceEncoder | None = None
+    recipe: TrainingRecipe | None = None
 
     @property
     def output(self) -> Output:
@@ -60,7 +64,8 @@ class Source:
 
 
 def load_source(name: str) -> Source:
-    """The model that MODEL names: a directory, `module:factory`, or a hub name "owner/name" (which may be fetched)."""
+    """The model that MODEL names: a directory (checkpoint, or output of `pennyweight train`), `module:factory`,
+    or a hub name "owner/name" (which may be fetched)."""
     path = Path(name)
     if path.is_dir():
         return _from_directory(name, path)
@@ -92,19 +97,28 @@ def load_packed(directory: Path, reference: Source | None) -> Source:
         model = artifact.load(directory)
     elif reference is not None and FACTORY.fullmatch(reference.name):
         model = artifact.load(directory, model=call_factory(reference.name))
+    elif reference is not None and reference.recipe is not None:
+        model = artifact.load(directory, model=load_trained(reference.name)[0])
     else:
-        raise ArtifactError(f"{directory} names no transformers model; give its module:factory as --reference")
-    return Source(str(directory), model, directory, load_tokenizer(directory) if has_tokenizer(directory) else None)
+        raise ArtifactError(
+            f"{directory} names no transformers model; give its module:factory, or the directory of its training, as "
+            "--reference"
+        )
+    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    return Source(str(directory), model, directory, tokenizer, recipe=None if reference is None else reference.recipe)
 
 
 def load_data(name: str | None, source: Source, samples: int, held_out: bool = False) -> list[Any] | None:
     """The batches that --data names, at most `samples` samples of them; None if there is no data.
 
     name: text files (comma between them, a sentence a line), .npy, .npz, .safetensors, or `module:function`. None: the
-    built-in English text for a model with a tokenizer (held_out: the part kept for measuring).
+    data of the recipe that trained the model, or the built-in English text for a model with a tokenizer (held_out: the
+    part kept for measuring).
     Raises DataError if the data cannot be read or is empty.
     """
     if name is None:
+        if source.recipe is not None:
+            return list(samples_of(source.recipe, samples, held_out))
         if not source.reads_text:
             return None
         return source.batches(held_out_text(samples) if held_out else calibration_text(samples))
@@ -132,6 +146,9 @@ def some_data(name: str | None, source: Source, samples: int = BATCH_SIZE, held_
 
 
 def _from_directory(name: str, path: Path) -> Source:
+    if is_trained(path):
+        model, recipe = load_trained(path)
+        return Source(name, model, recipe=recipe)
     if is_sentence_encoder(path):
         encoder = SentenceEncoder.load(path)
         return Source(name, encoder.model, path, encoder.tokenizer, encoder)

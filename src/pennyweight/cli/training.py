@@ -44,7 +44,9 @@ def train(
         screen.json(result.report | {"directory": str(result.directory)})
         return
     screen.show(_table(result))
-    screen.line(f"[dim]{escape(str(result.directory))}: model.safetensors, {METRICS}, report.json, recipe.yaml[/]")
+    packed = ", packed/" if result.report.get("packed_bytes") else ""
+    files = f"model.safetensors, {METRICS}, report.json, recipe.yaml{packed}"
+    screen.line(f"[dim]{escape(str(result.directory))}: {files}[/]")
 
 
 def _table(result: TrainingResult) -> Table:
@@ -60,8 +62,14 @@ def _table(result: TrainingResult) -> Table:
     for split in ("validation", "test"):
         for name, value in report.get(split, {}).items():
             table.add_row(f"{split} {name}", f"{100 * value:.2f} %" if name == "accuracy" else _number(value))
+    for name, value in report["last"].items():
+        if name.startswith("penalty_"):
+            table.add_row(f"penalty {name.removeprefix('penalty_')}", _number(value))
     if report.get("packed_bytes"):
         table.add_row("bytes, packed", f"{report['packed_bytes']:,}")
+    for split in ("validation", "test"):
+        if "accuracy" in report.get(f"packed_{split}", {}):
+            table.add_row(f"{split} accuracy, packed", f"{100 * report[f'packed_{split}']['accuracy']:.2f} %")
     for name in ("flip_rate", "oscillation_rate", "estimating_error", "gradient_instability"):
         if name in report["last"]:
             table.add_row(name.replace("_", " "), _number(report["last"][name]))

@@ -18,6 +18,14 @@ from ..layers.forms import Form, form_of
 
 #: Rows of a matrix that are compared at once, which bounds the working memory.
 _CHUNK_ROWS = 4096
+#: Share of exact zeros from which on a weight counts as pruned, and its zeros stay zeros.
+PRUNED = 0.25
+
+
+def kept_of(weight: Tensor) -> Tensor | None:
+    """bool like `weight`, False at the zeros of a pruned weight; None for a weight that is not pruned."""
+    kept = weight != 0
+    return kept if int(kept.sum()) <= (1 - PRUNED) * weight.numel() and bool(kept.any()) else None
 
 
 @dataclass
@@ -35,6 +43,8 @@ class LayerView:
         (smoothed) use frequency for an Embedding; ones where unknown.
     kind: linear, conv, embedding or recurrent.
     measure: optional, the distortion of a replaced weight measured on the model's output (rd-prune's curves).
+    kept: bool [rows, cols] of a pruned weight, False where it is zero; None of others (`kept_of`). Methods with
+        `keeps_zeros` leave zeros there, also of a weight that was moved to mend its predecessors.
     """
 
     name: str
@@ -43,6 +53,7 @@ class LayerView:
     row_weight: Tensor
     kind: str = "linear"
     measure: Callable[[Tensor], float] | None = None
+    kept: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -120,6 +131,7 @@ class Compressor(ABC):
     """Base of all post-training methods. Subclasses register under `acts_on="compress"` and define two functions."""
 
     name: ClassVar[str]
+    keeps_zeros: ClassVar[bool] = False  # whether the zeros of a pruned weight stay zeros; see LayerView.kept
 
     @abstractmethod
     def offers(self, layer: LayerView) -> list[dict[str, Any]]:
@@ -162,5 +174,6 @@ def sample_rows(layer: LayerView, values: int) -> tuple[LayerView, float]:
         weight=layer.weight[::stride].contiguous(),
         row_weight=layer.row_weight[::stride].contiguous(),
         measure=None,
+        kept=None if layer.kept is None else layer.kept[::stride],
     )
     return part, layer.rows / part.rows

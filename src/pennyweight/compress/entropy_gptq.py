@@ -12,6 +12,7 @@ High-rate theory sets the multipliers. Column j contributes step^2/12 * column[j
 column[j] ~ d_j^-1/2. In the same way row[r] ~ row_weight[r]^-1/2: outputs the model is sensitive to, or words that
 occur often, get a finer grid. (`columns=False` drops column[j]: small layers cannot pay for it.) Multipliers have
 geometric mean one. One `step` for all layers of equal d would be the optimum of a whole model; the planner finds it.
+Zeros of a pruned weight keep the code 0, which range coding stores in next to nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from .error_feedback import Factor, by_group, feedback_uniform
 
 #: Steps in units of the weight's root mean square: from next to nothing (6) to half precision's own accuracy (0.006).
 STEPS = (6.0, 4.2, 3.0, 2.2, 1.6, 1.15, 0.8, 0.56, 0.4, 0.28, 0.2, 0.14, 0.1, 0.05, 0.015, 0.006)
+
+#: Before those, for pruned weights, whose few values lie far above their root mean square.
+COARSER = (48.0, 24.0, 12.0)
 
 #: A row's (column's) grid is at most this many times coarser or finer than the layer's: the theory ends where codes
 # are all zero.
@@ -62,12 +66,14 @@ class EntropyGPTQ(Compressor):
     """Options: step (units of the weight's rms; half the step costs one more bit a weight), columns, damping."""
 
     name = "entropy-gptq"
+    keeps_zeros = True
 
     def offers(self, layer: LayerView) -> list[dict[str, Any]]:
         choices = (True, False) if layer.rows * layer.cols < 65536 else (True,)
         if layer.groups > 1:
             choices = (False,)
-        return [{"step": step, "columns": columns} for columns in choices for step in STEPS]
+        steps = STEPS if layer.kept is None else (*COARSER, *STEPS)
+        return [{"step": step, "columns": columns} for columns in choices for step in steps]
 
     def candidates(self, layer: LayerView) -> Iterator[Candidate]:
         factors = list(by_group(layer, 0.01, True))
@@ -145,7 +151,8 @@ class EntropyGPTQ(Compressor):
                 part = slice(first, min(first + step, group_rows.stop))
                 stacked = layer.weight[part].repeat(len(scales), 1)
                 row = torch.cat([s[part] for s in scales])
-                codes[:, part] = feedback_uniform(stacked, factor, row, column).view(len(scales), -1, cols)
+                kept = None if layer.kept is None else layer.kept[part].repeat(len(scales), 1)
+                codes[:, part] = feedback_uniform(stacked, factor, row, column, kept).view(len(scales), -1, cols)
         return codes
 
 

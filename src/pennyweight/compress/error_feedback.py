@@ -93,8 +93,13 @@ def feedback(weight: Tensor, factor: Factor, quantise: Callable[[int, Tensor], T
             work[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1.0)
 
 
-def feedback_uniform(weight: Tensor, factor: Factor, row: Tensor, column: Tensor) -> Tensor:
-    """Codes int16 [rows, cols] of `weight` on the unbounded uniform grid row[r] * column[j]; see `feedback`."""
+def feedback_uniform(weight: Tensor, factor: Factor, row: Tensor, column: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Codes int16 [rows, cols] of `weight` on the unbounded uniform grid row[r] * column[j]; see `feedback`.
+
+    kept: bool [rows, cols], False where the code must be 0; other columns make up for what that loses.
+    """
+    if kept is not None:
+        return _feedback_kept(weight, factor, row, column, kept)
     work = weight[:, factor.order].float()
     work[:, factor.dead[factor.order]] = 0.0
     ordered, cols = column[factor.order], work.shape[1]
@@ -106,6 +111,19 @@ def feedback_uniform(weight: Tensor, factor: Factor, row: Tensor, column: Tensor
         if stop < cols:
             work[:, stop:].addmm_(errors, u[:, stop:], alpha=-1.0)
     return codes[:, torch.argsort(factor.order)]
+
+
+def _feedback_kept(weight: Tensor, factor: Factor, row: Tensor, column: Tensor, kept: Tensor) -> Tensor:
+    codes = torch.empty(weight.shape, dtype=torch.int16)
+
+    def quantise(j: int, values: Tensor) -> Tensor:
+        step = row * column[j]
+        code = torch.where(step > 0, values / step, 0.0).round_().clamp_(-32767, 32767).mul_(kept[:, j])
+        codes[:, j] = code.to(torch.int16)
+        return code * step
+
+    feedback(weight, factor, quantise)
+    return codes
 
 
 def by_group(layer: LayerView, damping: float, order: bool) -> Iterator[tuple[slice, Factor]]:

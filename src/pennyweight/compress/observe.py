@@ -32,7 +32,7 @@ from ..errors import DataError
 from ..layers.packed_attention import in_parts
 from ..layers.sites import WeightSite
 from .capture import input_rows, is_observable
-from .contract import LayerView
+from .contract import LayerView, kept_of
 from .data import Call, Output, output_tensor, per_sample
 
 DISTORTIONS = ("output", "loss", "layer")
@@ -182,7 +182,7 @@ def weight_only_view(site: WeightSite) -> LayerView:
     hessian = torch.eye(cols).expand(site.groups, cols, cols).clone()
     size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
     row_weight = torch.full((weight.shape[0],), 1.0 / max(size, 1e-30), dtype=torch.float64)
-    return LayerView(site.name, weight, hessian, row_weight, site.kind)
+    return LayerView(site.name, weight, hessian, row_weight, site.kind, kept=kept_of(weight))
 
 
 def _start(site: WeightSite) -> _Running:
@@ -345,7 +345,7 @@ def _finish(state: _Running, samples: int, scale: float, distortion: str) -> Lay
         per_group = weight.view(hessian.shape[0], -1, cols)
         size = float((torch.matmul(per_group, hessian) * per_group).sum(dtype=torch.float64))
         row_weight = torch.full_like(row_weight, 1.0 / max(size, 1e-30))
-    return LayerView(site.name, weight, hessian, row_weight, site.kind)
+    return LayerView(site.name, weight, hessian, row_weight, site.kind, kept=kept_of(weight))
 
 
 def _embedding_view(
@@ -362,7 +362,7 @@ def _embedding_view(
         row_weight = frequency * used / (samples * scale)  # expected uses of the row in a sample
         if used == 0:
             row_weight = torch.zeros_like(row_weight)
-    return LayerView(state.site.name, weight, hessian, row_weight, state.site.kind)
+    return LayerView(state.site.name, weight, hessian, row_weight, state.site.kind, kept=kept_of(weight))
 
 
 def _same(mean: Tensor | float, flat: Tensor) -> bool:

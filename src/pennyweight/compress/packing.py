@@ -70,7 +70,8 @@ def _divided(view: LayerView, choice: Choice, second_rows: int) -> PackedWeight:
 
 
 def _rows_of(view: LayerView, rows: Tensor) -> LayerView:
-    return dataclasses.replace(view, weight=view.weight[rows].contiguous(), row_weight=view.row_weight[rows])
+    kept = None if view.kept is None else view.kept[rows]
+    return dataclasses.replace(view, weight=view.weight[rows].contiguous(), row_weight=view.row_weight[rows], kept=kept)
 
 
 def is_adjustable(method: str) -> bool:

@@ -216,9 +216,14 @@ class MagnitudePruning(Compressor):
     """The weights of largest magnitude, stored sparse with fp16 or integer values."""
 
     name = "rd-prune"
+    keeps_zeros = True
 
     def offers(self, layer: LayerView) -> list[dict[str, Any]]:
-        return [{"amount": amount, "value_bits": 4} for amount in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)]
+        """Of a weight pruned already: its own zeros with more bits for the others, and more zeros."""
+        pruned = 0.0 if layer.kept is None else 1 - float(layer.kept.double().mean())
+        own = [{"amount": pruned, "value_bits": bits} for bits in (3, 4, 6, 8)] if pruned else []
+        more = [a for a in (0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5) if a > pruned and (own or a < 0.98)]
+        return [*({"amount": amount, "value_bits": 4} for amount in more), *own]
 
     def compress(self, layer: LayerView, amount: float = 0.5, value_bits: int = 8) -> Sparse:
         """amount: fraction of the weights removed, 0..1; value_bits: 16 for fp16 values, 2..8 for integers.

@@ -10,8 +10,9 @@ and m~:
     bias     b + W m - V^ m~, so that the output keeps its mean
 
 so a layer also mends what its predecessors did (the asymmetric calibration of GPTAQ, 2504.02692, in closed form; k =
-`RIDGE` keeps V near W where data is short). s are the position weights of observe.py. LayerNorms are mended on
-leaving: weight and bias that best map the output onto the reference's, channel by channel.
+`RIDGE` keeps V near W where data is short). s are the position weights of observe.py. Zeros of a pruned weight stay
+zeros; V is then found by iteration. LayerNorms are mended on leaving: weight and bias that best map the output onto the
+reference's, channel by channel.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from .plan import Choice, Plan
 
 #: Share of the reference's second moment added on both sides of the least squares problem.
 RIDGE = 0.1
+#: Steps of conjugate gradients for a pruned weight, whose rows have a least squares problem each.
+_MASKED_ROUNDS = 30
 
 Progress = Callable[[str, int, int], None]
 
@@ -193,7 +196,8 @@ def _compress_at(
         finish(site, _with_metric(view))
         return
     weight = view.weight.view(site.groups, -1, view.cols)
-    target = moments.target(weight.double()).float().reshape(view.weight.shape)
+    kept = None if view.kept is None else view.kept.view_as(weight)
+    target = moments.target(weight.double(), kept).float().reshape(view.weight.shape)
     view = dataclasses.replace(view, weight=target, hessian=moments.ours)
     our_mean, their_mean = moments.our_mean, moments.their_mean
     del moments, target  # large, and of no more use
@@ -221,9 +225,10 @@ class _Pair:
     their_mean: Tensor
     positions: float
 
-    def target(self, weight: Tensor) -> Tensor:
+    def target(self, weight: Tensor, kept: Tensor | None = None) -> Tensor:
         """V [groups, rows, cols] of the module docstring; W itself where the moments are too poor to solve for it.
 
+        kept: of the same shape, False where a pruned weight stays zero; V is then the best of those weights found.
         Gives up `theirs` and `cross`: the moments of a wide layer are large.
         """
         cols = weight.shape[-1]
@@ -234,11 +239,35 @@ class _Pair:
         left = self.theirs.mul_(trust).add_(self.ours).double()
         del self.theirs
         left.diagonal(dim1=-2, dim2=-1).add_(floor[:, 0])
+        if kept is not None:
+            return _masked_solution(left, right, weight, kept)
         factor, failed = torch.linalg.cholesky_ex(left)
         del left
         if int(failed.max()):
             return weight
         return torch.cholesky_solve(right.transpose(1, 2), factor).transpose(1, 2)
+
+
+def _masked_solution(left: Tensor, right: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+    """V near the minimum of tr(V left V^T) / 2 - tr(V right^T) among the weights that are zero where not `kept`.
+
+    Conjugate gradients with the diagonal as preconditioner, all rows at once, from `weight`: never worse than that.
+    left: [groups, cols, cols]; right, weight, kept: [groups, rows, cols].
+    """
+    diagonal = left.diagonal(dim1=-2, dim2=-1)[:, None, :]
+    solution = weight * kept
+    residual = (right - solution @ left) * kept
+    direction = scaled = residual / diagonal
+    product = (residual * scaled).sum(-1, keepdim=True)
+    for _ in range(_MASKED_ROUNDS):
+        pushed = (direction @ left) * kept
+        step = product / (direction * pushed).sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+        solution = solution + step * direction
+        residual = residual - step * pushed
+        scaled = residual / diagonal
+        before, product = product, (residual * scaled).sum(-1, keepdim=True)
+        direction = scaled + direction * (product / before.clamp_min(torch.finfo(left.dtype).tiny))
+    return solution
 
 
 def _moments(site: WeightSite, here: Halt, there: Halt, observation: Observation) -> _Pair | None:

@@ -32,6 +32,7 @@ from ..bundle import halve, predict_bytes
 from ..errors import DataError
 from ..formats import Integer, PackedWeight
 from ..layers.sites import WeightSite
+from .contract import kept_of
 from .data import Call, Output
 from .observe import Observation, evaluating
 from .realise import Realised
@@ -52,12 +53,12 @@ class _Grid(nn.Module):
     """Rounds a parameter to `factor * grid` in the parameter's own shape, straight through.
 
     grid, offset: broadcastable to the matrix [rows, cols]; low, high: the codes there are, None where they are
-    unbounded (then `factor` may move).
+    unbounded (then `factor` may move). kept: False where a pruned weight stays zero, None of others.
     """
 
-    def __init__(self, site: WeightSite, packed: Integer) -> None:
+    def __init__(self, site: WeightSite, packed: Integer, kept: Tensor | None) -> None:
         super().__init__()
-        self.site, self.bits, self.group = site, packed.bits, packed.group
+        self.site, self.bits, self.group, self.kept = site, packed.bits, packed.group, kept
         self.scale = packed.scale.all()
         self.column = None if packed.column_scale is None else packed.column_scale.all()[0]
         self.minimum = None if packed.minimum is None else packed.minimum.all()
@@ -70,6 +71,8 @@ class _Grid(nn.Module):
         grid = self.grid * self.factor
         steps = matrix if self.offset is None else matrix - self.offset
         code = torch.where(grid > 0, steps / grid, 0.0).round()
+        if self.kept is not None and self.offset is None:
+            code = code * self.kept
         if self.free:
             return code.clamp(-32767, 32767)
         low = 0 if self.offset is not None else -(2 ** (self.bits - 1))
@@ -144,7 +147,7 @@ def recover(
     kept = dict(done.packed), dict(done.choices)
     untouched = copy.deepcopy(model.state_dict())
     grids = {
-        s.name: _Grid(s, p)
+        s.name: _Grid(s, p, kept_of(s.view.to_matrix(reference.get_parameter(s.name))))
         for s in sites
         if isinstance(p := done.packed[s.name], Integer) and p.centroids is None and p.column_offset is None
     }

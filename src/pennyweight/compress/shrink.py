@@ -111,7 +111,8 @@ def plan(
     forward of the packed model may take here, running with memory="low" on the first batch of the data, or on
     latency_batch samples of it; layers are timed in all formats for that, unless they were before. data: calibration
     batches (see `calls`), None for data-free.
-    methods: names that may compete (see `pennyweight methods`); preset: a list of them. distortion: "output", "loss" or
+    methods: names that may compete (see `pennyweight methods`); preset: a list of them, of which those that keep zeros
+    compete for a pruned layer (a quarter of exact zeros or more). distortion: "output", "loss" or
     "layer" (see `observe`). output: function(result, call) -> tensor, what of the model's output matters.
     The model is not changed. Raises BudgetError, DataError, WeightError, UnknownNameError.
     """
@@ -119,7 +120,7 @@ def plan(
     budget = _budget(job, size, bits, ratio, latency)
     times = None if latency is None else measure(job.reference, job.batches, latency, latency_batch, progress)
     observation = _observe(job, distortion, loss, output, seed, progress)
-    offers = _offers(job, observation, _methods(methods, preset, job), progress)
+    offers = _offers(job, observation, methods, preset, progress)
     return _allocate(job, observation, offers, budget, solver, seed, times)
 
 
@@ -163,7 +164,7 @@ def shrink(
     observation = _observe(job, distortion, loss, output, seed, progress)
     if plan is None:
         budget = _budget(job, size, bits, ratio, latency)
-        offers = _offers(job, observation, _methods(methods, preset, job), progress)
+        offers = _offers(job, observation, methods, preset, progress)
         plan = _allocate(job, observation, offers, budget, solver, seed, times)
         del offers
     else:
@@ -285,13 +286,16 @@ def _methods(methods: Sequence[str] | None, preset: str, job: _Job) -> list[str]
 
 
 def _offers(
-    job: _Job, observation: Observation, methods: Sequence[str], progress: Progress
+    job: _Job, observation: Observation, methods: Sequence[str] | None, preset: str, progress: Progress
 ) -> dict[str, list[Candidate]]:
+    allowed = _methods(methods, preset, job)
+    keeping = [name for name in allowed if compressor(name).keeps_zeros or methods is not None]
     offers: dict[str, list[Candidate]] = {}
     for i, site in enumerate(job.sites):
         view = observation.views[site.name]
         part, factor = sample_rows(view, SAMPLE_VALUES)
-        wanted = methods if site.name in observation.reached else ["dense"]
+        wanted = allowed if view.kept is None else keeping
+        wanted = wanted if site.name in observation.reached else ["dense"]
         found = [c for name in wanted for c in compressor(name).candidates(part)]
         if factor != 1.0:
             found = [c.for_more_rows(factor) for c in found]

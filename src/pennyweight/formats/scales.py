@@ -67,6 +67,38 @@ def read_halves(reader: Reader, rows: int, cols: int, dtype: torch.dtype) -> Ten
     return halves
 
 
+@dataclass
+class Float32Values:
+    """values [rows, cols], float32, exactly."""
+
+    values: Tensor
+
+    def all(self) -> Tensor:
+        return self.values
+
+    def take(self, index: Tensor) -> Tensor:
+        return self.values[index]
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.values.to(device))
+
+    def write(self, writer: Writer) -> None:
+        """Four symbol streams, the highest bytes first: signs and exponents repeat, mantissas do not."""
+        bits = self.values.cpu().contiguous().view(torch.int32).numpy().view(np.uint32)
+        for shift in (24, 16, 8, 0):
+            write_symbols(writer, (bits >> shift & 255).astype(np.uint8), 8)
+
+    @classmethod
+    def read(cls, reader: Reader, rows: int, cols: int) -> Self:
+        bits = np.zeros((rows, cols), np.uint32)
+        for shift in (24, 16, 8, 0):
+            bits |= read_symbols(reader, rows, cols, 8).astype(np.uint32) << shift
+        values = torch.from_numpy(bits.view(np.int32)).view(torch.float32)
+        if not bool(torch.isfinite(values).all()):
+            raise ArtifactError("a packed weight holds values that are not finite; the file is damaged")
+        return cls(values)
+
+
 def power_of_two(exponent: int) -> float:
     return math.ldexp(1.0, exponent)
 

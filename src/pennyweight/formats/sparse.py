@@ -2,7 +2,8 @@
 
 The mask is a bitmap or the gaps between the weights kept (row by row through the whole matrix), whichever is smaller
 once coded. A bitmap suits random positions with rows of different density; gaps suit regular patterns.
-Values are float16, or codes of 2 to 8 bits with a scale a row: value = code * scale, code in [-2^(b-1), 2^(b-1) - 1].
+Values are float16, float32 (exact), or codes of 2 to 8 bits with a scale a row: value = code * scale, code in
+[-2^(b-1), 2^(b-1) - 1].
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ from .bits import gather
 from .codes import CodeMatrix
 from .entropy import read_symbols, symbol_limit, write_symbols
 from .running import RunningSparse
-from .scales import Float16Values, power_of_two
+from .scales import Float16Values, Float32Values, power_of_two
 
-INDEX, INTEGER = 1, 2  # option bits
+INDEX, INTEGER, EXACT = 1, 2, 4  # option bits
 ESCAPE = 255  # gap symbol: 255 zeros and no weight after them
 
 
 @format_id(4)
-@register("sparse", acts_on="formats", description="only the weights under a mask, as float16 or small integers")
+@register("sparse", acts_on="formats", description="only the weights under a mask, as floats or small integers")
 class Sparse(PackedWeight):
-    """mask: one bit a weight [rows, cols]; values: float16 or codes [1, kept], row by row; scale [rows, 1] of codes."""
+    """mask: one bit a weight [rows, cols]; values: floats or codes [1, kept], row by row; scale [rows, 1] of codes."""
 
     format: ClassVar[str] = "sparse"
 
-    def __init__(self, mask: CodeMatrix, values: Float16Values | CodeMatrix, scale: Float16Values | None) -> None:
+    def __init__(
+        self, mask: CodeMatrix, values: Float16Values | Float32Values | CodeMatrix, scale: Float16Values | None
+    ) -> None:
         self.mask = mask
         self.values = values
         self.scale = scale
@@ -45,19 +48,20 @@ class Sparse(PackedWeight):
 
     @classmethod
     def encode(cls, weight: Tensor, mask: Tensor, value_bits: int = 16) -> Self:
-        """weight, mask (True where kept) [rows, cols]; value_bits 16 or 2..8.
+        """weight, mask (True where kept) [rows, cols]; value_bits 32, 16 or 2..8.
 
         Integer values are rounded to nearest with scale = the row's largest kept magnitude / (2^(bits-1) - 1).
         Raises `WeightError` on shapes that differ, other bit widths, and kept weights that are not finite.
         """
-        if value_bits != 16 and not 2 <= value_bits <= 8:
-            raise WeightError(f"sparse values have 16 or 2 to 8 bits, got {value_bits}")
+        if value_bits not in (16, 32) and not 2 <= value_bits <= 8:
+            raise WeightError(f"sparse values have 32, 16 or 2 to 8 bits, got {value_bits}")
         check_size(mask, tuple(weight.shape), "the mask of a sparse weight")
         mask = mask.to(torch.bool)
         weight = check_matrix(torch.where(mask, weight.detach(), 0), "sparse")
         bitmap = CodeMatrix.of(mask, 1)
-        if value_bits == 16:
-            return cls(bitmap, Float16Values.of(weight[mask][None]), None)
+        if value_bits >= 16:
+            kept = weight[mask][None]
+            return cls(bitmap, Float16Values.of(kept) if value_bits == 16 else Float32Values(kept.clone()), None)
         top = (1 << value_bits - 1) - 1
         peak = weight.abs().amax(1, keepdim=True) if weight.shape[1] else weight.new_zeros(weight.shape[0], 1)
         scale = Float16Values.of(peak / top)
@@ -83,6 +87,8 @@ class Sparse(PackedWeight):
             exponent = self.values.exponent
             scale = torch.full((self.shape[0],), power_of_two(exponent)) if exponent else None
             matrix = SparseMatrix.of(self.mask.all().bool(), self.values.halves[0], scale)
+        elif isinstance(self.values, Float32Values):
+            matrix = SparseMatrix.of(self.mask.all().bool(), self.values.values[0])
         else:
             assert self.scale is not None
             matrix = SparseMatrix.of(self.mask.all().bool(), self._kept().to(torch.int8), self.scale.all())
@@ -93,6 +99,8 @@ class Sparse(PackedWeight):
         if isinstance(self.values, Float16Values):
             kept = self.values if place is None else Float16Values(self.values.halves[0, place], self.values.exponent)
             return kept.all().flatten()
+        if isinstance(self.values, Float32Values):
+            return self.values.values[0] if place is None else self.values.values[0, place]
         values = self.values
         codes = values.all()[0] if place is None else gather(values.packed[0], values.bits, place)
         return codes.to(torch.float32) - (1 << values.bits - 1)
@@ -109,6 +117,8 @@ class Sparse(PackedWeight):
         if isinstance(self.values, CodeMatrix):
             writer.u8(self.values.bits)
             options |= INTEGER
+        elif isinstance(self.values, Float32Values):
+            options |= EXACT
         if len(index.data) < len(bitmap.data) and self.mask.rows * self.mask.cols <= symbol_limit(len(index.data)):
             options |= INDEX
         writer.raw(index.data if options & INDEX else bitmap.data)
@@ -119,7 +129,9 @@ class Sparse(PackedWeight):
 
     @classmethod
     def _read(cls, reader: Reader, shape: tuple[int, int], options: int) -> Self:
-        check_options(options, INDEX | INTEGER, cls.format)
+        check_options(options, INDEX | INTEGER | EXACT, cls.format)
+        if options & INTEGER and options & EXACT:
+            raise ArtifactError("a sparse weight claims integers and floats; the file is damaged")
         rows, cols = shape
         bits = reader.u8() if options & INTEGER else 16
         if options & INTEGER and not 2 <= bits <= 8:
@@ -139,7 +151,8 @@ class Sparse(PackedWeight):
             kept = int(mask.all().sum(dtype=torch.int64))
         if options & INTEGER:
             return cls(mask, CodeMatrix.read(reader, 1, kept, bits), Float16Values.read(reader, rows, 1))
-        return cls(mask, Float16Values.read(reader, 1, kept), None)
+        values = Float32Values if options & EXACT else Float16Values
+        return cls(mask, values.read(reader, 1, kept), None)
 
 
 def _gaps(flat: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..registry import register
+from .base import Penalty
 
 
 def p_norm_penalty(weight: Tensor, p: float, eps: float = 0.0) -> Tensor:
@@ -36,7 +37,7 @@ def p_norm_penalty(weight: Tensor, p: float, eps: float = 0.0) -> Tensor:
     paper="2404.10824",
     description="lambda sum |w|^p in the loss: coupled decay, to compare with",
 )
-class PNormPenalty(nn.Module):
+class PNormPenalty(Penalty):
     """penalty(model) -> scalar: strength times the sum over parameters that match.
 
     match: globs over parameter names; None: all with two axes or more (no biases, norms, scales). eps: None for 0 where
@@ -44,7 +45,9 @@ class PNormPenalty(nn.Module):
     patterns that match no parameter.
     """
 
-    def __init__(self, p: float, strength: float, match: Sequence[str] | None = None, eps: float | None = None) -> None:
+    def __init__(
+        self, p: float, strength: float = 1.0, match: Sequence[str] | None = None, eps: float | None = None
+    ) -> None:
         super().__init__()
         if not p > 0 or not strength >= 0:
             raise PlanError(f"p-norm: p is {p:g}, strength {strength:g}; they must be positive")

@@ -18,7 +18,7 @@ The gradient of |g| at a length of exactly 0 is 0: a closed block feels no penal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -30,11 +30,11 @@ from ..errors import PlanError
 from ..layers.norm_free import NORMS
 from ..layers.psilon_block import CReLU, PSiLONBlock, l1_norm_of
 from ..registry import register
+from .base import Penalty
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.Tanh, nn.Identity, nn.Dropout, nn.Flatten)
 
 
-@register("path-norm", acts_on="losses", paper="2404.19112", description="1-path-norm, exact; a Lipschitz bound")
 def path_norm(model: nn.Module, *, improved: bool = True) -> Tensor:
     """The scalar 1-path-norm of a network that applies its layers one after the other, differentiable.
 
@@ -77,6 +77,25 @@ def path_norm_by_forward(model: nn.Module, inputs: Tensor) -> Tensor:
         for name, value in model.named_parameters()
     }
     return functional_call(model, weights, (torch.ones_like(inputs),)).sum()
+
+
+@register("path-norm", acts_on="losses", paper="2404.19112", description="1-path-norm, exact; a Lipschitz bound")
+class PathNormPenalty(Penalty):
+    """penalty(model) -> scalar: `path_norm`, or `path_norm_by_forward` where an input_shape is given.
+
+    improved: of `path_norm`. input_shape: of one sample, without the batch, for networks that are no chain of linear
+    layers (convolutions, sums).
+    """
+
+    def __init__(self, improved: bool = True, input_shape: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.improved = improved
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+
+    def forward(self, model: nn.Module) -> Tensor:
+        if self.input_shape is None:
+            return path_norm(model, improved=self.improved)
+        return path_norm_by_forward(model, next(model.parameters()).new_ones(1, *self.input_shape))
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

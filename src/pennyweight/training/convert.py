@@ -1,4 +1,4 @@
-"""`convert`: from a trained, prepared model to the packed one that is stored and run.
+"""`convert`: from a trained model to the packed one that is stored and run.
 
 Every prepared layer keeps the codes of its weight, packed (layers/packed.py), and the scale of each output as float32
 beside them; latent weights, estimators, noise and all else that only training needs are gone. Where inputs are signs
@@ -9,6 +9,9 @@ the next layer, the three become integer thresholds and bits pass between the la
 
 The model's graph is read by torch.fx; in a model that cannot be traced, batch norms stay. Outputs are those of the
 prepared model in eval mode: the same bits for products of signs and thresholds, within 1e-5 elsewhere.
+
+Weights that training has made sparse (`pwd`, `padamw`, `psilon`, pruning) keep their exact zeros as zeros, whether or
+not the model was prepared: where the format `sparse` holds the same values in fewer bytes, it does (sparse.py).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..bundle import round_to_stored, set_exact
 from ..compress.observe import evaluating
 from ..errors import PlanError, WeightError
 from ..formats import Binary, PackedWeight
@@ -38,6 +42,7 @@ from ..layers.quantised import (
     weight_chain,
     zero_padding,
 )
+from .sparse import real_weights
 
 #: Modules after a batch norm that keep the order of numbers, so that a sign behind them is a threshold before them.
 _ORDER_KEEPING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Hardtanh, nn.ReLU)
@@ -46,18 +51,20 @@ _TOLERANCE = 1e-5
 
 
 @torch.no_grad()
-def convert(model: nn.Module) -> nn.Module:
-    """Turn a prepared model into its packed form, in place, in eval mode, and return it. See the module.
+def convert(model: nn.Module, *, half: bool = False) -> nn.Module:
+    """Turn a trained model into its packed form, in place, in eval mode, and return it. See the module.
 
-    The result is an ordinary model that `pennyweight.save` stores, every tensor that is not packed exactly.
-    Raises `PlanError` if no layer is prepared, or the model is converted already; `WeightError`, naming the layer, if
-    its weights or inputs are not yet what the method promises or hold NaN. The model is then as it was.
+    half: real weights are rounded to half precision, and stored as `dense16` or `sparse`, whichever is smaller.
+    Otherwise the result is stored exactly, what is packed and what is not.
+    Raises `PlanError` if no layer is prepared and no weight would be smaller as `sparse`, or the model is converted
+    already; `WeightError`, naming the layer, if its weights or inputs are not yet what the method promises or hold NaN.
+    The model is then as it was.
     """
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        raise PlanError("the model is converted already")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLayer)}
     if not layers:
-        raise PlanError("the model holds no prepared layer; call pennyweight.prepare(model, recipe) and train it first")
-    if any(isinstance(layer, PackedModule) for layer in layers.values()):
-        raise PlanError("the model is converted already")
+        return _convert_plain(model, half)
     with evaluating(model):
         stored = {name: _stored(name, layer) for name, layer in layers.items()}
     model.eval()
@@ -74,7 +81,24 @@ def convert(model: nn.Module) -> nn.Module:
         elif parts.signs is not None:
             layer.input_quantizer = _plain_signs(layer, parts.signs)
     install(model, {_weight_name(name): p.packed for name, p in stored.items() if p.packed is not None})
+    install(model, real_weights(model, half))
     _fold_thresholds(model)
+    return model
+
+
+def _convert_plain(model: nn.Module, half: bool) -> nn.Module:
+    """A model without prepared layers, whose weights are sparse or may be rounded."""
+    packed = real_weights(model, half)
+    if not packed:
+        raise PlanError(
+            "the model holds no prepared layer, and no weight with enough exact zeros for a smaller file; "
+            "prepare(model, recipe) and train it, train it sparse, or shrink it"
+        )
+    install(model.eval(), packed)
+    if half:
+        round_to_stored(model)
+    else:
+        set_exact(model)
     return model
 
 

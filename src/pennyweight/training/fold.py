@@ -56,6 +56,11 @@ def fold(model: nn.Module) -> nn.Module:
     return model
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """`fold`, or the model as it is in eval mode if no weight is under transforms."""
+    return fold(model) if any(weight_chain(module) is not None for module in model.modules()) else model.eval()
+
+
 def _leading(layer: nn.Module) -> list[WeightTransform]:
     """The transforms of its weight before the first discrete one."""
     found: list[WeightTransform] = []

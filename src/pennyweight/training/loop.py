@@ -28,11 +28,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ..artifact import save
 from ..bench.results import versions
 from ..compress.data import output_tensor
 from ..compress.distillation import divergence
-from ..errors import ArtifactError, DataError, PlanError, WeightError, require, warn
+from ..errors import ArtifactError, DataError, PlanError, require
 from .averaging import WeightAverage
 from .building import make_hook, make_model, make_optimizer
 from .checkpoint import (
@@ -44,20 +43,22 @@ from .checkpoint import (
     save_tensors,
     split_optimizer,
 )
-from .convert import convert
 from .data import Split, load_data
 from .diagnostics import Diagnostics, totals
 from .evaluation import evaluate, task_loss, try_out
 from .hooks import StepHook, attach, hooks_of
 from .learning_rate import learning_rate_factor
 from .metrics import Log, replacing
+from .packing import can_pack, write_packed
 from .parallel import gathered, parallel_of_launch, placed
+from .penalties import Penalties
 from .prepare import prepare
 from .randomness import derived_seed, generator
 from .schedule import Schedule, set_progress
 from .settings import StageSettings, TrainingRecipe
+from .trained import RECIPE, require_plain
 
-MODEL, RECIPE, REPORT = "model.safetensors", "recipe.yaml", "report.json"
+MODEL, REPORT = "model.safetensors", "report.json"
 PACKED = "packed"
 _EVALUATION_BATCH = 512
 #: Samples that input quantisers are fitted to.
@@ -146,8 +147,13 @@ class _Training:
         if recipe.prepare is not None:
             rows = self._rows_of_epoch(0)[:_CALIBRATION]
             prepare(self.model, recipe.prepare, data=[self.data.train.batch(rows)[0]])
+        if recipe.shrink is not None:
+            require_plain(self.model, "leave out shrink, and packed/ holds them as they are")
         self.schedule = Schedule(self.model, sum(self.lengths), (recipe.anneal[0], recipe.anneal[1]), recipe.freeze)
         self.hooks = [*(make_hook(entry, self.model) for entry in recipe.hooks), *hooks]
+        self.penalties = Penalties(recipe.penalties)
+        self.penalties.try_out(self.model)
+        self.charged: dict[str, Tensor] = {}  # the penalties of the latest step
         if self.parallel.divided and (self.hooks or hooks_of(self.model)):
             hook = type([*self.hooks, *hooks_of(self.model)][0]).__name__
             raise PlanError(
@@ -167,7 +173,8 @@ class _Training:
         if stored is not None:
             require_same_recipe(path, stored.state["recipe"], self.recipe.to_dict())
             self.step = stored.state["step"]
-        self.log = Log(self.directory, self.step, self.recipe.tensorboard) if self.main else None
+        penalties = [_penalty_column(name) for name in self.penalties.names]
+        self.log = Log(self.directory, self.step, self.recipe.tensorboard, penalties) if self.main else None
         started = time.perf_counter()
         self.clock = lambda: self.seconds + time.perf_counter() - started
         first = 0
@@ -241,7 +248,9 @@ class _Training:
             last = part == recipe.accumulate - 1
             with self.parallel.part(self.runner, last):
                 loss = self._loss(inputs, targets)
-                self.accelerator.backward(loss / recipe.accumulate)
+                self.charged = self.penalties(self.model, self.schedule.taken / self.schedule.steps)
+                charged = sum(self.charged.values(), start=loss)
+                self.accelerator.backward(charged / recipe.accumulate)
             losses.append(loss.detach().float())
         self.parallel.end_backward(self.model)
         self.accelerator.unscale_gradients()
@@ -343,6 +352,7 @@ class _Training:
             "gradient_norm": None if self.norm is None else float(self.norm),
             "skipped_steps": self.skipped,
         }
+        row |= {_penalty_column(name): float(value.detach()) for name, value in self.charged.items()}
         if epoch_ends and self.data.validation is not None:
             found = self._evaluate(self.data.validation)
             row |= {"validation_loss": found["loss"], "validation_accuracy": found.get("accuracy")}
@@ -425,8 +435,8 @@ class _Training:
             self.average.store()
         self.model = self.parallel.whole(self.model).eval()
         set_progress(self.model, 1.0)
-        if self.main and self.recipe.prepare is not None:
-            report["packed_bytes"] = self._save_packed()
+        if self.main and can_pack(self.model, self.recipe):
+            report |= self._save_packed()
         report |= {"seconds": round(self.clock(), 3), "versions": versions(("pennyweight", "torch", "accelerate"))}
         if self.log is not None:
             self.log.close()
@@ -438,17 +448,27 @@ class _Training:
         self.accelerator.wait_for_everyone()
         return TrainingResult(self.model, self.directory, report)
 
-    def _save_packed(self) -> int | None:
-        """The converted model as an artifact; returns its bytes, or None (and warns) if there is nothing to pack."""
-        try:
-            return save(convert(copy.deepcopy(self.model)), self.directory / PACKED)
-        except (PlanError, WeightError) as error:
-            warn(f"the model is trained, but not packed: {error}")
-            return None
+    def _save_packed(self) -> dict[str, Any]:
+        """What the report says of the packed model: its bytes, and if it was shrunk, how well it does."""
+        model = copy.deepcopy(self.model).cpu()
+        packed = write_packed(model, self.recipe, self.data.train, self.directory / PACKED, self.progress)
+        if packed is None:
+            return {"packed_bytes": None}
+        found: dict[str, Any] = {"packed_bytes": packed[1]}
+        if self.recipe.shrink is not None and self.accelerator.num_processes == 1:  # others would have to take part
+            small = packed[0].to(self.accelerator.device)
+            for name, split in (("validation", self.data.validation), ("test", self.data.test)):
+                if split is not None:
+                    found[f"packed_{name}"] = evaluate(small, split, self.recipe.loss, self.accelerator)
+        return found
 
 
 def _steps(stage: StageSettings, per_epoch: int) -> int:
     return stage.steps if stage.steps is not None else max(1, round((stage.epochs or 0) * per_epoch))
+
+
+def _penalty_column(name: str) -> str:
+    return f"penalty_{name}"
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -459,6 +479,8 @@ def _check_setup(recipe: TrainingRecipe, accelerator: Any, divided: bool) -> Non
     """Raise PlanError for what cannot be done exactly."""
     if recipe.freeze and (divided or accelerator.num_processes > 1):
         raise PlanError("freeze takes gradients away, which parallel processes do not allow; leave one out")
+    if recipe.penalties and divided:
+        raise PlanError("penalties look at whole weights, and FSDP divides them; launch with --multi_gpu")
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise PlanError("precision fp16 needs a GPU; use bf16 here")
     if recipe.precision == "fp16" and divided:

@@ -10,7 +10,7 @@ import contextlib
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,15 +26,19 @@ COLUMNS: tuple[str, ...] = (
 
 
 class Log:
-    """Appends to the files of a directory. keep_until: the last step whose rows stay; 0 starts anew."""
+    """Appends to the files of a directory. keep_until: the last step whose rows stay; 0 starts anew. penalties: columns
+    besides COLUMNS."""
 
-    def __init__(self, directory: Path, keep_until: int = 0, tensorboard: bool = False) -> None:
+    def __init__(
+        self, directory: Path, keep_until: int = 0, tensorboard: bool = False, penalties: Sequence[str] = ()
+    ) -> None:
+        self.columns = (*COLUMNS[:-1], *penalties, COLUMNS[-1])
         self.metrics, self.diagnostics = directory / METRICS, directory / DIAGNOSTICS
         try:
             directory.mkdir(parents=True, exist_ok=True)
             rows = [row for row in read_metrics(directory) if int(row["step"]) <= keep_until] if keep_until else []
             with replacing(self.metrics) as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
             lines = self.diagnostics.read_text().splitlines(True) if keep_until and self.diagnostics.exists() else []
@@ -52,9 +56,9 @@ class Log:
             )
 
     def row(self, values: Mapping[str, Any]) -> None:
-        """One row; floats in full precision. Keys are of COLUMNS; None is an empty cell."""
+        """One row; floats in full precision. Keys are of the columns; None is an empty cell."""
         with open(self.metrics, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(values)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(values)
         if self.board is not None:
             for name, value in values.items():
                 if value is not None and name != "step":

@@ -119,13 +119,32 @@ class StageSettings:
 
 
 @dataclass(frozen=True)
+class ShrinkSettings:
+    """The size that `pennyweight.shrink` brings the trained model to: one of size ("20kB"), bits and ratio.
+
+    methods: that may compete, all of the preset if there are none. samples: of the training split, to calibrate on.
+    recover: steps of its recovery training on them.
+    """
+
+    size: str | None = None
+    bits: float | None = None
+    ratio: float | None = None
+    methods: tuple[str, ...] = ()
+    preset: str = "balanced"
+    samples: int = 512
+    recover: int = 0
+
+
+@dataclass(frozen=True)
 class TrainingRecipe:
     """All that decides a training. batch: samples of one optimizer step, over all processes and accumulated parts.
 
     accumulate: parts the batch of a process is computed in. clip: largest norm of the gradient. ema: decay of the
     averaged weights, which are then the ones evaluated and saved. precision: bf16 and fp16 are mixed precision.
     prepare: what `pennyweight.prepare` takes. anneal, freeze: of the Schedule of what it registers, in shares of all
-    steps. hooks: registered methods that act around the step, [{method: cga, band: 0.005}].
+    steps. hooks: registered methods that act around the step, [{method: cga, band: 0.005}]. penalties: registered
+    methods of `losses` added to the loss, [{method: p-norm, strength: 1e-5, p: 1}]; see `training.penalties`.
+    shrink: what becomes of the model in `packed/`; without it, `convert` packs what training made discrete or sparse.
     log_every, checkpoint_every: steps; an epoch's end is always logged. diagnostics: measure quantised weights.
     """
 
@@ -141,8 +160,10 @@ class TrainingRecipe:
     anneal: tuple[float, ...] = (0.0, 1.0)
     freeze: dict[str, float] = field(default_factory=dict)
     hooks: tuple[dict[str, Any], ...] = ()
+    penalties: tuple[dict[str, Any], ...] = ()
     stages: tuple[StageSettings, ...] = ()
     teacher: TeacherSettings | None = None
+    shrink: ShrinkSettings | None = None
     seed: int = 0
     accumulate: int = 1
     clip: float | None = None
@@ -167,6 +188,11 @@ class TrainingRecipe:
         if self.teacher is not None:
             _require(0 <= self.teacher.weight <= 1, "teacher.weight", self.teacher.weight, "a share from 0 to 1")
             _require(self.teacher.temperature > 0, "teacher.temperature", self.teacher.temperature, "a positive number")
+        if self.shrink is not None:
+            budgets = [name for name in ("size", "bits", "ratio") if getattr(self.shrink, name) is not None]
+            if len(budgets) != 1:
+                raise PlanError(f"shrink: give one of size, bits and ratio, found {' and '.join(budgets) or 'none'}")
+            _require(self.shrink.samples >= 1, "shrink.samples", self.shrink.samples, "1 or more")
         if self.stages and (self.epochs is not None or self.steps is not None):
             raise PlanError("the recipe has stages and epochs or steps beside them; give each stage its own")
         for index, stage in enumerate(self.all_stages):

@@ -108,10 +108,10 @@ class Outcome:
 
 def measure(contender: Contender, seeds: Sequence[int], runs: Path) -> Outcome:
     """Choose the learning rate with the first seed, then train with all of them."""
-    tried = {lr: _trained(contender.at(lr, seeds[0], runs), contender.name) for lr in contender.rates}
+    tried = {lr: trained(contender.at(lr, seeds[0], runs), contender.name) for lr in contender.rates}
     validation = {lr: 100 * report["validation"]["accuracy"] for lr, report in tried.items()}
     best = max(validation, key=lambda lr: validation[lr])
-    reports = [tried[best], *(_trained(contender.at(best, seed, runs), contender.name) for seed in seeds[1:])]
+    reports = [tried[best], *(trained(contender.at(best, seed, runs), contender.name) for seed in seeds[1:])]
     found: dict[str, list[float]] = {
         key: [report["last"][key] for report in reports if key in report["last"]]
         for key in ("estimating_error", "gradient_instability")
@@ -120,7 +120,7 @@ def measure(contender: Contender, seeds: Sequence[int], runs: Path) -> Outcome:
     return Outcome(best, validation, accuracy, found["estimating_error"], found["gradient_instability"])
 
 
-def _trained(recipe: TrainingRecipe, name: str) -> dict[str, Any]:
+def trained(recipe: TrainingRecipe, name: str) -> dict[str, Any]:
     """The report of a run, from its directory if it has been trained already."""
     path = Path(recipe.output) / REPORT
     if path.exists():
