@@ -31,6 +31,8 @@ from pennyweight.cost import CostTable, LayerCost, cost_table
 from pennyweight.errors import DataError, MissingExtraError, PlanError, UnknownNameError
 from pennyweight.layers.precision import Precision
 from pennyweight.training.building import make_model
+from pennyweight.training.prepare import prepare
+from pennyweight.training.schedule import set_progress
 from pennyweight.training.settings import ModelSettings
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -244,6 +246,16 @@ def test_products_inside_a_layer_are_no_layers():
             return super().forward(self.inner(x).sign())
 
     assert list(observed_precision(nn.Sequential(Outer(), nn.Linear(4, 2)), torch.randn(3, 4))) == ["0", "1"]
+
+
+def test_noise_that_is_over_is_no_cost():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 2))
+    prepare(model, {"preset": "fda"})
+    inputs = torch.randn(8, 16)
+    assert observed_precision(model, inputs)["1"] == Precision()
+    set_progress(model, 1.0)
+    assert observed_precision(model, inputs)["1"] == Precision(1, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- architectures

@@ -257,6 +257,7 @@ def test_a_prepared_network_costs_what_its_recipe_makes_of_it(method, bits):
     assert [(row.name, row.macs, row.weights, row.precision) for row in table.layers] == [
         (row.name, row.macs, row.weights, row.precision) for row in expected.layers
     ]
+    assert method == "dorefa-2" or table.parameters == expected.parameters  # FDA's noise goes when training has ended
 
 
 def test_refusals_and_what_is_left_as_it_was():

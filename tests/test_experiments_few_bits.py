@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -55,24 +56,56 @@ def test_no_statistic_of_the_quantisers_looks_ahead():
 
 def test_conclusions_of_ofq_follow_the_numbers():
     worse, better = ofq.Run(80.0, 80.0, 1e-3, 1e-3, 0.1), ofq.Run(81.0, 81.0, 1e-4, 1e-4, 0.1)
-    shows = {arm: [worse if arm == ofq.BASELINE else better] * 2 for arm in ofq.ARMS}
-    assert ofq.conclusions(shows)[-1].endswith("LSQ, shows.")
+    arms = [*ofq.TRAININGS, *ofq.ANNEALED.values()]
+    shows = {arm: [worse if arm == ofq.BASELINE else better] * 2 for arm in arms}
+    assert ofq.conclusions(shows)[-1].count("shows") == 2
     assert "StatsQ: +1.0 points against LSQ (higher in 2 of 2 seeds), 0.10 times" in ofq.conclusions(shows)[0]
-    fails = {arm: [better if arm == ofq.BASELINE else worse] * 2 for arm in ofq.ARMS}
-    assert ofq.conclusions(fails)[-1].endswith("does not show.")
+    fails = {arm: [better if arm == ofq.BASELINE else worse] * 2 for arm in arms}
+    assert ofq.conclusions(fails)[-1].count("does not show") == 2
     assert "does not reduce" in ofq.conclusions(fails)[-2]
+    grid = {
+        ofq.BASELINE: {1e-3: {ofq.BASELINE: worse}, 1e-2: {ofq.BASELINE: better}, 1e-1: {ofq.BASELINE: worse}},
+        "StatsQ + QKR": {rate: {"StatsQ + QKR": worse, ofq.FULL: better} for rate in (1e-3, 1e-2)},
+    }
+    assert "at 1 of 2" in ofq.at_equal_rates(grid)[0]
 
 
-def test_arms_prepare_what_they_name():
+def test_trainings_prepare_what_they_name():
     data = torch.randn(4, 1, 28, 28)
     counts = {}
-    for arm in ofq.ARMS:
+    for name, rule in ofq.TRAININGS.items():
+        if rule is None:
+            continue
         model = pw.prepare(
-            ofq.transformer(), {"rules": [{"match": "blocks.*", "input": ofq._INPUT, **ofq.ARMS[arm]}]}, data=data
+            ofq.transformer(), {"rules": [{"match": "blocks.*", "input": ofq._INPUT, **rule}]}, data=data
         )
-        names = {name.split(".")[-1] for name, _ in model.named_modules()}
-        assert ("product" in names) == ("QKR" in arm) and ("query" in names) == ("QKR" not in arm)
-        assert any(name.endswith("step_hook") for name, _ in model.named_modules()) == ("CGA" in arm)
-        counts[arm] = sum(p.numel() for name, p in model.named_parameters() if "original" in name)
+        names = {part.split(".")[-1] for part, _ in model.named_modules()}
+        assert ("product" in names) == ("QKR" in name) and ("query" in names) == ("QKR" not in name)
+        assert any(part.endswith("step_hook") for part, _ in model.named_modules()) == (name in ofq.ANNEALED)
+        counts[name] = sum(p.numel() for part, p in model.named_parameters() if "original" in part)
         assert 0 < ofq.share_near_boundaries(model) < 0.5
     assert len(set(counts.values())) == 1  # two heads: as many weights as one matrix
+
+
+def test_annealing_is_all_that_parts_an_arm_from_its_twin(monkeypatch):
+    """A training and its deepcopy end bit for bit alike, unless one of them is annealed; what is frozen stays."""
+    monkeypatch.setattr(ofq, "TRAIN", 64)
+    torch.manual_seed(0)
+    images, labels = torch.randn(64, 1, 28, 28), torch.arange(64) % 10
+    data = ofq.Data((images, labels), (images, labels), (images, labels))
+    model = ofq.transformer()
+    rule = ofq.TRAININGS["StatsQ"]
+    assert rule is not None
+    pw.prepare(model, {"rules": [{"match": "blocks.*", "input": ofq._INPUT, **rule}]}, data=images)
+    training = ofq.Training(model, 1e-3, 22, seed=0)
+    training.go(images, labels, until=training.last_phase)
+    assert training.taken == 20
+    twin, annealed = copy.deepcopy(training), copy.deepcopy(training)
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters() if name.endswith("original")}
+    first, second = training.finish(data, annealed=False), twin.finish(data, annealed=False)
+    assert first == second
+    annealed.finish(data, annealed=True)
+    for name, latent in annealed.model.named_parameters():
+        if name in before:
+            assert 0 < (latent != before[name]).double().mean() < 0.05  # those within the band alone
+            assert (training.model.get_parameter(name) != before[name]).double().mean() > 0.9

@@ -51,8 +51,9 @@ REAL_BITS = 32
 class LayerCost:
     """One layer. kind: linear, conv, embedding, recurrent, attention, or product (of two activations).
 
-    parameters: all of the layer's own, tied ones at their first owner. weights: those of them that `precision` is
-    about. macs: multiply-accumulates a sample. For a product, precision.weight means its first factor.
+    parameters: all of the layer's own, tied ones at their first owner, without what only training needs. weights: those
+    of them that `precision` is about. macs: multiply-accumulates a sample. For a product, precision.weight means its
+    first factor.
     """
 
     name: str
@@ -170,7 +171,7 @@ def cost_table(model: nn.Module, inputs: Any, precision: Mapping[str, Precision]
     rows = _rows(model, layers, macs, products, batch.size)
     chosen = _choose(precision or {}, [row.name for row in rows])
     rows = [replace(row, precision=chosen.get(row.name, row.precision)) for row in rows]
-    return CostTable(rows, sum(p.numel() for p in model.parameters()) - sum(row.parameters for row in rows))
+    return CostTable(rows, sum(p.numel() for p in _lasting(model)) - sum(row.parameters for row in rows))
 
 
 def vectors_multiplied(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
@@ -209,6 +210,13 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
             found[name] = module
             inside.update(map(id, module.modules()))
     return found
+
+
+def _lasting(module: nn.Module) -> list[nn.Parameter]:
+    """All parameters but those of parts that conversion drops, which say so by `training_only`."""
+    parts = (part for part in module.modules() if getattr(part, "training_only", False))
+    dropped = {id(p) for part in parts for p in part.parameters()}
+    return [p for p in module.parameters() if id(p) not in dropped]
 
 
 def _weights(module: nn.Module) -> int:
@@ -299,7 +307,7 @@ def _rows(
     rows, seen = [], set()
     for name, module in model.named_modules():
         if name in layers:
-            own = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
+            own = {id(p): p.numel() for p in _lasting(module) if id(p) not in seen}
             seen.update(own)
             parameters = sum(own.values())
             weights = _weights(module) if parameters >= _weights(module) else 0  # tied to an earlier layer's

@@ -10,6 +10,7 @@ at least 1. W1 and W2 start as linear layers do. Both are trained, and dropped w
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ _SHARES = (64, 4)
 
 
 class NoiseAdaptation(nn.Module):
-    """x [..., width] -> lambda eta(x), the same shape."""
+    """x [..., width] -> lambda eta(x), the same shape. Nothing is computed in eval mode once lambda is 0."""
 
+    training_only: ClassVar[bool] = True
     progress: Tensor
 
     def __init__(self, width: int) -> None:
@@ -35,6 +37,8 @@ class NoiseAdaptation(nn.Module):
         return 0.05 * (1 + torch.cos(math.pi * self.progress))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training and self.is_over():
+            return torch.zeros_like(x)
         return self.strength().to(x.dtype) * (self.up(F.relu(self.down(x))) + 0.1 * torch.sin(x))
 
     def is_over(self) -> bool:

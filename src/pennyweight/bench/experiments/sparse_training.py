@@ -47,7 +47,7 @@ from ...training.metrics import replacing
 from ...training.settings import ModelSettings, TrainingRecipe
 from ...training.trained import calibration
 from ..results import Table, write_results
-from .cifar_training import REPOSITORY, Contender, arguments_of, trained
+from .binary_training import REPOSITORY, Contender, arguments_of, trained
 
 COMMAND = "python -m pennyweight.bench.experiments.sparse_training"
 RECIPE = REPOSITORY / "recipes" / "sparse-training.yaml"
@@ -129,13 +129,13 @@ def recipe_of(run: Run, runs: Path) -> TrainingRecipe:
     elif run.contender == "pruned":
         optimizer = dataclasses.replace(optimizer, weight_decay=PRUNED_DECAY)
         first = dataclasses.replace(base, optimizer=optimizer, steps=_half(base))
-        dense = Contender("pruned, before", first, ()).at(run.rate, run.seed, runs)
+        dense = Contender("pruned, before", first).at(run.rate, run.seed, runs)
         trained(dense, "pruned, before")
         options = {"dense": dense.output, "amount": run.knob}
         changes |= {"model": ModelSettings(f"{__package__}.sparse_training:pruned", options)}
         changes |= {"steps": (base.steps or 0) - _half(base)}
     recipe = dataclasses.replace(base, optimizer=optimizer, **changes)
-    return Contender(run.contender, recipe, ()).at(run.rate, run.seed, runs)
+    return Contender(run.contender, recipe).at(run.rate, run.seed, runs)
 
 
 def _half(recipe: TrainingRecipe) -> int:
