@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import pennyweight as pw
-from pennyweight.bench.experiments import binary_training, biper
+from pennyweight.bench.experiments import binary_training, biper, recipe_runs
 from pennyweight.bench.experiments.binary_training import (
     Contender,
-    Narrow,
     Outcome,
     at_equal_rates,
     compared,
@@ -22,6 +21,7 @@ from pennyweight.bench.experiments.binary_training import (
     tables,
 )
 from pennyweight.bench.experiments.rates import tried_rates
+from pennyweight.models.vgg_small import vgg_small
 from pennyweight.training.data import Split
 from pennyweight.training.settings import TrainingRecipe
 
@@ -56,16 +56,15 @@ def test_rows_of_a_recipe_file_differ_in_what_is_compared_alone(method):
     for row in baselines:
         assert row.recipe.optimizer == own.recipe.optimizer
         assert row.recipe.steps == (own.recipe.steps or sum(stage.steps or 0 for stage in own.recipe.stages))
-        assert (row.recipe.data, row.recipe.batch, row.recipe.schedule, row.recipe.model.name) == (
-            own.recipe.data, own.recipe.batch, own.recipe.schedule, own.recipe.model.name,
+        assert (row.recipe.data, row.recipe.batch, row.recipe.schedule, row.recipe.model) == (
+            own.recipe.data, own.recipe.batch, own.recipe.schedule, own.recipe.model,
         )  # fmt: skip
-        assert (row.recipe.model == own.recipe.model) == (row.recipe.prepare is not None)  # Hardtanh in place of signs
 
 
 def test_the_variant_of_biper_differs_in_frequency():
     own, slow = contenders(RECIPES / "biper.yaml", "own", biper.VARIANTS)[-2:]
-    plain, low = (pw.prepare(Narrow(), row.recipe.prepare or {}) for row in (own, slow))
-    weights: list[Any] = [model.get_submodule("hidden.1.parametrizations.weight.0") for model in (plain, low)]
+    plain, low = (pw.prepare(vgg_small(width=4, image_size=8), row.recipe.prepare or {}) for row in (own, slow))
+    weights: list[Any] = [model.get_submodule("features.3.parametrizations.weight.0") for model in (plain, low)]
     assert [weight.estimator.omega for weight in weights] == [20.0, biper.OMEGA]
     assert weights[0].start == weights[1].start == pytest.approx(2 / 3)
     assert own.recipe.stages == slow.recipe.stages
@@ -92,13 +91,13 @@ def test_a_rate_moves_the_rates_of_all_stages():
 
 def test_every_run_is_trained_once_and_the_rate_chosen_by_validation(tmp_path, monkeypatch):
     trained = []
-    original = binary_training.train
+    original = recipe_runs.train
 
     def counted(recipe, **options):
         trained.append((recipe.optimizer.lr, recipe.seed))
         return original(recipe, **options)
 
-    monkeypatch.setattr(binary_training, "train", counted)
+    monkeypatch.setattr(recipe_runs, "train", counted)
     monkeypatch.setattr(binary_training, "LADDER", binary_training.RATES)
     contender = Contender("own", small())
     found = measure(contender, [0, 1, 2], tmp_path)

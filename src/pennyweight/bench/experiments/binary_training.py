@@ -1,118 +1,47 @@
 """What the experiments on binary training share: network, images, baselines, runs kept on disk, the page.
 
 A recipe file of `recipes/` says how a method trains a ResNet-20, which at a length that tells methods apart takes hours
-on a CPU. An experiment trains by the same recipe a network that is deep and narrow, where the gradient's estimate
-matters most, on small images, and at the same number of steps what the method is compared with: optimizer, schedule,
-stages and `prepare` are the recipe's, model, data, batch and steps are those of `SETTING`.
+on a CPU. An experiment trains by the same recipe a plain network of six convolutions, all but the first binary, and at
+the same number of steps what the method is compared with: optimizer, schedule, stages and `prepare` are the recipe's,
+model, data, batch and steps are those of `SETTING`.
 
 All rows start from the same learning rates, and as long as the best of a row lies at the edge of those it has tried, it
 tries the next (rates.py). The best is the one of the highest accuracy on validation images taken out of the training
 split, with the first seed; the test images have no part in it.
 
-Every run is a directory below --runs whose name is a digest of its recipe: an interrupted experiment goes on where it
-stopped, and two experiments share the baselines.
+Two experiments share the baselines.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from ...progress import progress_bars
-from ...training.data import Split, load_data
-from ...training.loop import REPORT, train
 from ...training.settings import DataSettings, ModelSettings, TrainingRecipe
 from ..results import Cell, Table, write_results
+from . import recipe_runs
 from .rates import at_the_edge, best_rate, tried_rates
+from .recipe_runs import REPOSITORY, Contender, arguments_of, trained
 
-REPOSITORY = Path(__file__).parents[4]
 #: Learning rates that every row tries, and those that it may come to.
 RATES = (3e-3, 1e-2)
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-STEPS = 1000
+STEPS = 1500
 #: Of a recipe, what an experiment replaces.
 SETTING: dict[str, Any] = {
-    "model": ModelSettings(f"{__name__}:Narrow"),
-    "data": DataSettings(f"{__name__}:fashion_mnist_halved", {"samples": 22_000}, validation=2_000),
+    "model": ModelSettings("vgg_small", {"width": 16, "image_size": 16}),
+    "data": DataSettings(f"{recipe_runs.__name__}:cifar10_halved", {"samples": 22_000}, validation=2_000, flip=True),
     "batch": 64,
-    "log_every": 250,
+    "log_every": 500,
     "checkpoint_every": STEPS,
 }
 #: The first rows of every experiment: name -> preset, or None for full precision.
 BASELINES: dict[str, str | None] = {"full precision": None, "STE": "bnn", "Bi-Real": "bi-real"}
-
-
-class Narrow(nn.Module):
-    """Images [n, 1, 14, 14] -> logits [n, 10]: a linear layer to `width`, `depth` of width x width, each of these with
-    batch norm, and a classifier. Binary layers take the signs of what the norm gives; a real twin needs `hardtanh`
-    there."""
-
-    def __init__(self, width: int = 24, depth: int = 6, hardtanh: bool = False) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Flatten(), nn.Linear(196, width, bias=False), nn.BatchNorm1d(width))
-        self.hidden = nn.Sequential()
-        for _ in range(depth):
-            layer = nn.Linear(width, width, bias=False)
-            nn.init.kaiming_normal_(layer.weight)
-            self.hidden.extend([nn.Hardtanh() if hardtanh else nn.Identity(), layer, nn.BatchNorm1d(width)])
-        self.last = nn.Sequential(nn.Hardtanh(), nn.Linear(width, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.last(self.hidden(self.first(images)))
-
-
-@cache
-def fashion_mnist_halved(samples: int) -> dict[str, Split]:
-    """Fashion-MNIST at 14 x 14: the mean of each 2 x 2 pixels, rounded. samples: of the training split, the first."""
-    return _halved(DataSettings("fashion-mnist", samples=samples))
-
-
-@cache
-def cifar10_halved(samples: int) -> dict[str, Split]:
-    """CIFAR-10 at 16 x 16, likewise."""
-    return _halved(DataSettings("cifar10", samples=samples))
-
-
-def _halved(settings: DataSettings) -> dict[str, Split]:
-    data = load_data(settings, seed=0)
-    assert data.test is not None
-
-    def halved(split: Split) -> Split:
-        return dataclasses.replace(split, inputs=F.avg_pool2d(split.inputs.float(), 2).round().byte())
-
-    return {"train": halved(data.train), "test": halved(data.test)}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One row of an experiment: its name, and how it is trained but for the learning rate."""
-
-    name: str
-    recipe: TrainingRecipe
-
-    def at(self, lr: float, seed: int, runs: Path) -> TrainingRecipe:
-        """Its recipe with that learning rate (those of later stages keep their ratio to it), seed and output."""
-        base = self.recipe.optimizer.lr
-        stages = tuple(
-            dataclasses.replace(stage, optimizer={**stage.optimizer, "lr": stage.optimizer.get("lr", base) * lr / base})
-            for stage in self.recipe.stages
-        )
-        optimizer = dataclasses.replace(self.recipe.optimizer, lr=lr)
-        recipe = dataclasses.replace(self.recipe, optimizer=optimizer, stages=stages, seed=seed, output="")
-        digest = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-        return dataclasses.replace(recipe, output=str(runs / digest))
 
 
 def contenders(
@@ -125,12 +54,8 @@ def contenders(
     own = _in_setting(TrainingRecipe.load(path))
     made = []
     for name, preset in BASELINES.items():
-        recipe = in_one_stage(own)
-        if preset is None:
-            recipe = dataclasses.replace(recipe, prepare=None, model=ModelSettings(own.model.name, {"hardtanh": True}))
-        else:
-            recipe = dataclasses.replace(recipe, prepare={"preset": preset})
-        made.append(Contender(name, recipe))
+        prepare = None if preset is None else {"preset": preset}
+        made.append(Contender(name, dataclasses.replace(in_one_stage(own), prepare=prepare)))
     return [*made, Contender(method, own), *(Contender(name, change(own)) for name, change in variants.items())]
 
 
@@ -182,29 +107,6 @@ def measure(contender: Contender, seeds: Sequence[int], runs: Path) -> Outcome:
     }
     accuracy = [100 * report["test"]["accuracy"] for report in reports]
     return Outcome(best, tried, accuracy, found["estimating_error"], found["gradient_instability"])
-
-
-def trained(recipe: TrainingRecipe, name: str) -> dict[str, Any]:
-    """The report of a run, from its directory if it has been trained already."""
-    path = Path(recipe.output) / REPORT
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    with progress_bars() as progress:
-        label = f"{name}, lr {recipe.optimizer.lr:g}, seed {recipe.seed}"
-        return train(recipe, resume=True, progress=lambda _, done, total: progress(label, done, total)).report
-
-
-def arguments_of(
-    command: str, page: str, doc: str | None, arguments: Sequence[str] | None, seeds: int = 3
-) -> argparse.Namespace:
-    """--out, --runs and --seeds of an experiment; seeds: how many by default."""
-    parser = argparse.ArgumentParser(prog=command, description=(doc or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results" / page)
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / "out" / "experiments", help="where runs are kept")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=list(range(seeds)), help="the first one chooses the rate"
-    )
-    return parser.parse_args(arguments)
 
 
 def tables(outcomes: Mapping[str, Outcome]) -> list[Table]:
@@ -274,10 +176,11 @@ def _data_of(recipe: TrainingRecipe) -> str:
     """Images and training of all rows, for the page."""
     samples, held_out = recipe.data.options["samples"], recipe.data.validation
     return (
-        f"Fashion-MNIST at 14 x 14 pixels, the first {samples:,} training images ({held_out:,} of them for validation, "
-        f"drawn anew for each seed), all 10,000 test images. Six binary layers of 24 x 24 with batch norm between a "
-        f"real layer from the pixels and a real classifier; {STEPS:,} steps of {recipe.batch} images, "
-        f"{recipe.optimizer.name}, {recipe.schedule.name} schedule."
+        f"CIFAR-10 at 16 x 16 pixels, the first {samples:,} training images ({held_out:,} of them for validation, "
+        "drawn anew for each seed), all 10,000 test images; mirrored at random. VGG-small of width "
+        f"{recipe.model.options['width']}, its first convolution and its classifier real; {STEPS:,} steps of "
+        f"{recipe.batch} images ({STEPS * recipe.batch / (samples - held_out):.1f} epochs), {recipe.optimizer.name}, "
+        f"{recipe.schedule.name} schedule."
     )
 
 
@@ -299,7 +202,7 @@ def write_page(
     line.
     """
     command = f"python -m pennyweight.bench.experiments.{name}"
-    options = arguments_of(command, f"{name}.md", doc, arguments, seeds=5)
+    options = arguments_of(command, f"{name}.md", doc, arguments)
     rows = contenders(REPOSITORY / "recipes" / f"{name}.yaml", method, variants or {})
     found = {row.name: measure(row, options.seeds, options.runs) for row in rows}
     write_results(

@@ -1,14 +1,14 @@
-"""BiPer against the straight-through estimator: the same deep and narrow network, the same steps.
+"""BiPer against the straight-through estimator: the same network, the same steps.
 
-    python -m pennyweight.bench.experiments.biper        (about ten minutes on one core; goes on where it stopped)
+    python -m pennyweight.bench.experiments.biper        (about half an hour on one core; goes on where it stopped)
 
 How BiPer is trained is recipes/biper.yaml. The baselines have one stage of as many steps and differ in `prepare`
 otherwise: `bnn` (signs, gradient where |x| <= 1), `bi-real` (whose gradient BiPer's activations have, too) and none
 (full precision).
 
 Of omega and the size of the latent weights only the product matters. At omega = 20 the initial phases deviate by 1.2 to
-2.4 in the paper's networks, but by 5.8 here, where a layer has 24 inputs: almost two periods. Another row brings that
-to 1.4. Data: PENNYWEIGHT_DATA, default ../shared/data beside the repository.
+2.4 in the paper's networks, and by up to 3.3 in ones as narrow as here. Another row halves that. Data:
+PENNYWEIGHT_DATA, default ../shared/data beside the repository.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...training.presets import PRESETS
 from ...training.settings import TrainingRecipe
 from .binary_training import write_page
 
-OMEGA = 5.0
+OMEGA = 10.0
 
 
 def low_frequency(recipe: TrainingRecipe) -> TrainingRecipe:

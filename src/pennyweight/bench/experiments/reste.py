@@ -1,6 +1,6 @@
-"""ReSTE against the straight-through estimator: the same deep and narrow network, the same steps.
+"""ReSTE against the straight-through estimator: the same network, the same steps.
 
-    python -m pennyweight.bench.experiments.reste        (about ten minutes on one core; goes on where it stopped)
+    python -m pennyweight.bench.experiments.reste        (about half an hour on one core; goes on where it stopped)
 
 How ReSTE is trained is recipes/reste.yaml; the baselines differ in `prepare` alone: `bnn` (signs, gradient where
 |x| <= 1), `bi-real` and none (full precision). Data: PENNYWEIGHT_DATA, default ../shared/data beside the repository.

@@ -47,7 +47,7 @@ from ...training.metrics import replacing
 from ...training.settings import ModelSettings, TrainingRecipe
 from ...training.trained import calibration
 from ..results import Table, write_results
-from .binary_training import REPOSITORY, Contender, arguments_of, trained
+from .recipe_runs import REPOSITORY, Contender, arguments_of, trained
 
 COMMAND = "python -m pennyweight.bench.experiments.sparse_training"
 RECIPE = REPOSITORY / "recipes" / "sparse-training.yaml"
