@@ -71,11 +71,12 @@ def write_results(
     seeds: Sequence[int],
     data: str,
     conclusion_lines: Sequence[str],
+    figures: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the page and return its path. Folders are made as needed; the page is replaced in one step.
 
     claim: what the paper says, so that the tables can be read against it. conclusion_lines: one bullet each; they must
-    be computed from the measured numbers by the caller.
+    be computed from the measured numbers by the caller. figures: file beside the page -> what it shows.
     """
     path = Path(path)
     facts = [
@@ -88,6 +89,7 @@ def write_results(
         f"# {title}",
         f"Claim: {claim}",
         "\n".join(facts),
+        *(f"![{caption}]({name})\n\n{caption}" for name, caption in (figures or {}).items()),
         *(table.markdown() for table in tables),
         "## What the numbers say",
         "\n".join(f"- {line}" for line in conclusion_lines),
