@@ -25,7 +25,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from ...progress import progress_bars
-from ...training.data import Split, load_data
+from ...training.data import Split, TrainingData, load_data
 from ...training.loop import REPORT, train
 from ...training.settings import DataSettings, TrainingRecipe
 from ..results import Cell, Table
@@ -41,13 +41,16 @@ BASELINES: dict[str, tuple[str | None, Sequence[float]]] = {
 @cache
 def cifar10_halved(samples: int) -> dict[str, Split]:
     """CIFAR-10 at 16 x 16: the mean of each 2 x 2 pixels, rounded. samples: of the training split, the first ones."""
-    data = load_data(DataSettings("cifar10", samples=samples), seed=0)
+    return halved(load_data(DataSettings("cifar10", samples=samples), seed=0))
+
+
+def halved(data: TrainingData) -> dict[str, Split]:
+    """Images with the mean of each 2 x 2 pixels, rounded, in place of these; there must be a test split."""
     assert data.test is not None
-    return {"train": _halved(data.train), "test": _halved(data.test)}
-
-
-def _halved(split: Split) -> Split:
-    return dataclasses.replace(split, inputs=F.avg_pool2d(split.inputs.float(), 2).round().byte())
+    return {
+        part: dataclasses.replace(split, inputs=F.avg_pool2d(split.inputs.float(), 2).round().byte())
+        for part, split in (("train", data.train), ("test", data.test))
+    }
 
 
 @dataclass(frozen=True)
