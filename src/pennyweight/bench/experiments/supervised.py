@@ -87,12 +87,14 @@ def measure(contender: Contender, seeds: Sequence[int], runs: Path, classes: int
     )
 
 
-def arguments_of(command: str, page: str, doc: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+def arguments_of(
+    command: str, page: str, doc: str | None, arguments: Sequence[str] | None, seeds: int = 3
+) -> argparse.Namespace:
     """--out, --runs and --seeds of an experiment. Sets torch to one thread."""
     parser = argparse.ArgumentParser(prog=command, description=(doc or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results" / f"{page}.md")
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "out" / page, help="where runs are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses the rate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(seeds)], help="the first one chooses the rate")
     torch.set_num_threads(1)
     return parser.parse_args(arguments)
 
