@@ -32,7 +32,7 @@ COMMAND = "python -m pennyweight.bench.experiments.eman"
 LABELS, UNLABELLED, VALIDATION = 100, 20_000, 2_000
 BATCH, RATIO, STEPS = 20, 4, 400
 MOMENTUM, THRESHOLD, WEIGHT = 0.98, 0.8, 1.0
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 WIDTH, SKEWED_CLASSES = 128, 3
 ALONE, OWN, COPIED, EMAN = "labels alone", "own batch", "student's statistics", "EMAN"
 #: Row -> options of the teacher; None: there is none.

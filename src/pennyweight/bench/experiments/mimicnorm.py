@@ -13,7 +13,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,9 @@ ROWS: dict[str, Literal["batch", "none", "mimic-uncentred", "mimic"]] = {
 }
 
 
-def resnet14(norms: Literal["batch", "none", "mimic-uncentred", "mimic"] = "mimic") -> ResNet:
+def resnet14(norms: Literal["batch", "none", "mimic-uncentred", "mimic"] = "mimic") -> nn.Module:
     """Two blocks in each of three stages, width 8, for one channel. Raises `PlanError` for norms there are not."""
-    model: Any = ResNet((2, 2, 2), 8, "subsample", in_channels=1)
+    model = ResNet((2, 2, 2), 8, "subsample", in_channels=1)
     if norms == "batch":
         return model
     if norms == "none":
