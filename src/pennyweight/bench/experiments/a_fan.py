@@ -115,7 +115,7 @@ def train(row: str, rate: float, seed: int) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(step, steps, ScheduleSettings(warmup=0.05))
         rows = torch.randint(SAMPLES, (BATCH,))
         plain = row in (PLAIN, LONGER)
-        loss = F.cross_entropy(model(x[rows]), y[rows]) if plain else model.loss(x[rows], y[rows])
+        loss = F.cross_entropy(model(x[rows]), y[rows]) if plain else model.training_loss(x[rows], y[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
