@@ -159,8 +159,11 @@ def test_skewed_batches_hold_few_classes_and_strong_copies_a_hole():
     draw = torch.Generator().manual_seed(0)
     found = [len(classes[eman.unlabelled_rows(regime, classes, draw)].unique()) for regime in eman.REGIMES]
     assert found == [10, eman.SKEWED_CLASSES]
-    copies = eman.strong(torch.ones(6, 196), draw)
-    assert torch.equal((copies == 0).sum(1), torch.full((6,), 25))
+    white = Split(torch.full((6, 1, 14, 14), 255, dtype=torch.uint8), torch.arange(6), (0.5,), (0.5,))
+    copies = eman.strong(white, torch.arange(6), draw)
+    assert torch.equal((copies == 0).sum((1, 2, 3)), torch.full((6,), 25))
+    moved = eman.weak(white, torch.arange(6), draw)
+    assert set(moved.unique().tolist()) <= {-1.0, 1.0} and bool(((moved == -1).sum((1, 2, 3)) <= 27).all())
 
 
 def test_costs_and_attacks():
