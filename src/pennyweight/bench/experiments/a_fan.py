@@ -32,7 +32,7 @@ from .supervised import arguments_of, fashion_mnist_halved, verdict
 COMMAND = "python -m pennyweight.bench.experiments.a_fan"
 SAMPLES, VALIDATION, TESTED = 2_000, 2_000, 1_000
 STEPS, BATCH, WIDTH = 160, 50, 8
-RATES = (3e-2, 1e-1, 3e-1)
+RATES = (3e-2, 1e-1, 3e-1, 1.0)
 #: Reach of attacks on images, in pixels of 0 to 1, and the standard deviation that images are divided by.
 REACH, DEVIATION = 8 / 255, 0.3530
 PLAIN, LONGER, RANDOM = "plain", "plain, equal cost", "random, 0.2"
@@ -41,6 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     LONGER: {},
     RANDOM: {"steps": 0, "gamma": 0.2},
+    "A-FAN, 0.02": {"gamma": 0.02},
     "A-FAN, 0.2": {"gamma": 0.2},
     "A-FAN, 0.2, mixed": {"gamma": 0.2, "mixed": [1]},
 }

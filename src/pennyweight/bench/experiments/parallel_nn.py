@@ -39,8 +39,7 @@ COMMAND = "python -m pennyweight.bench.experiments.parallel_nn"
 RECIPE = REPOSITORY / "recipes" / "parallel-nn.yaml"
 NOISE = 0.2
 FUNCTIONS = ("doppler", "bumps", "blocks", "heavisine")
-#: Function and number of observations.
-PROBLEMS = tuple((name, 256) for name in FUNCTIONS)
+SAMPLES = 256
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 DECAYS = (1e-7, 1e-6, 1e-5)
 PARALLEL, PLAIN = "parallel network", "plain network"
@@ -243,9 +242,10 @@ def by_training(
 
 
 def best_rate(network: str, seed: int, runs: Path) -> tuple[float, dict[float, float]]:
-    """By the validation error on the first problem with a decay from the middle of the grid; also all of these."""
-    data = observe(*PROBLEMS[0], seed)
-    fits = {rate: trained(network, PROBLEMS[0], rate, DECAYS[1], seed, runs)["fit"] for rate in RATES}
+    """By the validation error on the first function with a decay from the middle of the grid; also all of these."""
+    problem = (FUNCTIONS[0], SAMPLES)
+    data = observe(*problem, seed)
+    fits = {rate: trained(network, problem, rate, DECAYS[1], seed, runs)["fit"] for rate in RATES}
     errors = {rate: squared_error(np.array(fit), data.validation) for rate, fit in fits.items()}
     return min(errors, key=lambda rate: errors[rate]), errors
 
@@ -299,19 +299,19 @@ def conclusions(found: Found, grids: Mapping[tuple[str, int], Mapping[float, Map
 
 
 def draw(found: Found, seed: int, path: Path) -> None:
-    """The fits of the first seed to each function at the size all four have."""
+    """The fits of the first seed to each function."""
     require("matplotlib", "dev").use("svg")
     plt = require("matplotlib.pyplot", "dev")
     plt.rcParams.update({"svg.hashsalt": "pennyweight", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-    for axis, function in zip(axes.flat, FUNCTIONS):
-        problem = next(each for each in found if each[0] == function)
-        data, methods = observe(*problem, seed), found[problem]
+    rows = (len(found) + 1) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3 * rows), layout="constrained", squeeze=False)
+    for axis, (problem, methods) in zip(axes.flat, found.items()):
+        data = observe(*problem, seed)
         axis.plot(data.x, data.truth, color="0.7", linewidth=3, label="function")
         for name, colour in ((PARALLEL, "tab:red"), ("smoothing spline", "tab:blue")):
             label = f"{name}, {methods[name].error[0]:.4f}"
             axis.plot(data.x, methods[name].fit, color=colour, linewidth=1, label=label)
-        axis.set_title(function)
+        axis.set_title(problem[0])
         axis.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -324,18 +324,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results" / "parallel-nn.md")
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "out" / "parallel-nn", help="where runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one chooses")
+    parser.add_argument("--functions", nargs="+", default=FUNCTIONS, choices=FUNCTIONS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    problems = [(name, SAMPLES) for name in options.functions]
     fits: dict[tuple[str, int], dict[str, Fitted]] = {}
     grids: dict[tuple[str, int], dict[float, dict[str, Any]]] = {}
     rates = {network: best_rate(network, options.seeds[0], options.runs) for network in NETWORKS}
-    for problem in PROBLEMS:
+    for problem in problems:
         fits[problem] = {name: classical(name, problem, options.seeds) for name in CLASSICAL}
         for network, (rate, _) in rates.items():
             fits[problem][network], grid = by_training(network, problem, rate, options.seeds, options.runs)
             if network == PARALLEL:
                 grids[problem] = grid
-    names = [f"{name}, {samples}" for name, samples in PROBLEMS]
+    names = [f"{name}, {samples}" for name, samples in problems]
     methods = [*CLASSICAL, *NETWORKS]
     picture = options.out.with_suffix(".svg")
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -351,13 +353,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Table(
                 f"1000 times the mean squared distance to the function (noise: {1000 * NOISE**2:g})",
                 ["method", *names],
-                {m: [[1000 * e for e in fits[p][m].error] for p in PROBLEMS] for m in methods},
+                {m: [[1000 * e for e in fits[p][m].error] for p in problems] for m in methods},
             ),
             Table(
                 "What was chosen with the first seed: penalty; width and penalty; degree and penalty; wavelet, "
                 "levels, kind and threshold; weight decay",
                 ["method", *names],
-                {m: [" ".join(_short(c) for c in fits[p][m].choice) for p in PROBLEMS] for m in methods},
+                {m: [" ".join(_short(c) for c in fits[p][m].choice) for p in problems] for m in methods},
             ),
             Table(
                 f"Active subnetworks of {NETWORKS[PARALLEL]['subnetworks']} / 1000 times the validation error, by "
@@ -371,14 +373,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 },
             ),
             Table(
-                f"1000 times the validation error by learning rate, {names[0]}, weight decay {DECAYS[1]:g}, first seed",
+                f"1000 times the validation error by learning rate, {FUNCTIONS[0]}, weight decay {DECAYS[1]:g}, first seed",
                 ["network", *(f"{rate:g}" for rate in RATES)],
                 {network: [1000 * errors[rate] for rate in RATES] for network, (_, errors) in rates.items()},
             ),
         ],
         command=COMMAND,
         seeds=options.seeds,
-        data="doppler, bumps, blocks and heavisine at regular points of [0, 1], standard deviation 1, noise "
+        data=f"{', '.join(options.functions)} at regular points of [0, 1], standard deviation 1, noise "
         f"{NOISE:g}; a second set of observations at the same points chooses. Networks: {recipe.steps:,} steps of Adam "
         "on all points, cosine; "
         + "; ".join(f"{n}: {_parameters(n):,} parameters ({_described(n)})" for n in NETWORKS)
