@@ -367,18 +367,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ["weight decay", *names],
                 {
                     f"{decay:g}": [
-                        f"{grids[p][decay]['active']} / {1000 * grids[p][decay]['validation']:.1f}" for p in PROBLEMS
+                        f"{grids[p][decay]['active']} / {1000 * grids[p][decay]['validation']:.1f}" for p in problems
                     ]
                     for decay in DECAYS
                 },
             ),
             Table(
-                f"1000 times the validation error by learning rate, {FUNCTIONS[0]}, weight decay {DECAYS[1]:g}, first seed",
+                f"1000 times the validation error by learning rate: {FUNCTIONS[0]}, decay {DECAYS[1]:g}, first seed",
                 ["network", *(f"{rate:g}" for rate in RATES)],
                 {network: [1000 * errors[rate] for rate in RATES] for network, (_, errors) in rates.items()},
             ),
         ],
-        command=COMMAND,
+        command=" ".join([COMMAND, *(["--functions", *options.functions] if options.functions != FUNCTIONS else [])]),
         seeds=options.seeds,
         data=f"{', '.join(options.functions)} at regular points of [0, 1], standard deviation 1, noise "
         f"{NOISE:g}; a second set of observations at the same points chooses. Networks: {recipe.steps:,} steps of Adam "
