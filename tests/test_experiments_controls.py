@@ -129,8 +129,8 @@ def test_deep_networks_grow_as_their_scales_say():
 
 
 def test_rows_of_small_batches_see_as_many_images():
-    small, large = (standardised.contender("BCN + WS", batch).recipe for batch in (2, 64))
-    assert small.steps and large.steps and abs(small.steps * small.batch - large.steps * large.batch) < 64
+    small, large = (standardised.contender("BCN + WS", batch).recipe for batch in (2, 16))
+    assert small.steps and large.steps and abs(small.steps * small.batch - large.steps * large.batch) < 16
     rates = [standardised.contender("GN", batch).rates for batch in (2, 8)]
     assert rates[1] == pytest.approx([2 * rate for rate in rates[0]])
     kinds = {norm: standardised.small_resnet(norm) for norm in ("batch", "group", "batch-channel")}
@@ -159,11 +159,8 @@ def test_skewed_batches_hold_few_classes_and_strong_copies_a_hole():
     draw = torch.Generator().manual_seed(0)
     found = [len(classes[eman.unlabelled_rows(regime, classes, draw)].unique()) for regime in eman.REGIMES]
     assert found == [10, eman.SKEWED_CLASSES]
-    white = Split(torch.full((6, 1, 14, 14), 255, dtype=torch.uint8), torch.arange(6), (0.5,), (0.5,))
-    copies = eman.strong(white, torch.arange(6), draw)
-    assert torch.equal((copies == 0).sum((1, 2, 3)), torch.full((6,), 25))
-    moved = eman.weak(white, torch.arange(6), draw)
-    assert set(moved.unique().tolist()) <= {-1.0, 1.0} and bool(((moved == -1).sum((1, 2, 3)) <= 27).all())
+    copies = eman.strong(torch.ones(6, 196), draw)
+    assert torch.equal((copies == 0).sum(1), torch.full((6,), 25))
 
 
 def test_costs_and_attacks():

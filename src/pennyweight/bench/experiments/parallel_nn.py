@@ -290,7 +290,13 @@ def conclusions(found: Found, grids: Mapping[tuple[str, int], Mapping[float, Map
         f"The number of active subnetworks falls, or stays, with every step of the decay on {len(falling)} of "
         f"{len(grids)} problems."
     )
+    count = NETWORKS[PARALLEL]["subnetworks"]
     for problem, methods in found.items():
+        active = fmean(methods[PARALLEL].active)
+        lines.append(
+            f"{problem[0]}: with the decay that is best, {active:.0f} of {count} subnetworks are active: most are "
+            f"{'' if active < count / 2 else 'not '}constant."
+        )
         for network in NETWORKS:
             (decay,) = methods[network].choice
             if decay in (DECAYS[0], DECAYS[-1]):

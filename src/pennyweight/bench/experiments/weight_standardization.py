@@ -28,7 +28,7 @@ from .supervised import Row, accuracy_cell, arguments_of, at_the_edge, loss_cell
 COMMAND = "python -m pennyweight.bench.experiments.weight_standardization"
 RECIPE = REPOSITORY / "recipes" / "batch-channel-norm.yaml"
 GROUPS, WIDTH = 4, 8
-LARGE = 64
+LARGE = 16
 SMALL = 2
 #: At the small batch; they grow with the square root of the batch.
 RATES = (3e-3, 1e-2, 3e-2)
