@@ -35,7 +35,7 @@ from .supervised import (
 
 COMMAND = "python -m pennyweight.bench.experiments.residual_depth"
 RECIPE = REPOSITORY / "recipes" / "residual-depth.yaml"
-RATES = (4e-3, 1.6e-2, 6.4e-2, 0.25)
+RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.25)
 #: Residual sums of the network; two layers each.
 DEPTHS = (10, 30, 100)
 WIDTH = 48

@@ -117,7 +117,7 @@ def rates_table(rows: Mapping[str, Row]) -> Table:
 
     return Table(
         "Accuracy on the validation images in percent at each learning rate, first seed",
-        ["row", *(f"{rate:g}" for rate in rates)],
+        ["row", *(f"{rate:.2g}" for rate in rates)],
         {name: [cell(row, rate) for rate in rates] for name, row in rows.items()},
     )
 

@@ -31,7 +31,7 @@ GROUPS, WIDTH = 4, 8
 LARGE = 16
 SMALL = 2
 #: At the small batch; they grow with the square root of the batch.
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 #: Row -> norm, and whether filters are standardised.
 ROWS: dict[str, tuple[str, bool]] = {
     "BN": ("batch", False),
