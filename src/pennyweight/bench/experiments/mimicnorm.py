@@ -30,7 +30,7 @@ from .supervised import Row, accuracy_cell, arguments_of, at_the_edge, loss_cell
 
 COMMAND = "python -m pennyweight.bench.experiments.mimicnorm"
 RECIPE = REPOSITORY / "recipes" / "mimicnorm.yaml"
-RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 BATCH, REPEATS = 128, 15
 NORM, NONE, MIMIC = "batch norm", "no norm", "MimicNorm"
 #: Row -> `norms` of the model.
