@@ -11,6 +11,8 @@ from torch import nn
 
 from pennyweight.errors import PlanError
 from pennyweight.layers.a_fan import AdversarialFeatures, mix
+from pennyweight.training.loop import train
+from pennyweight.training.settings import TrainingRecipe
 
 
 def network(**options) -> AdversarialFeatures:
@@ -34,7 +36,7 @@ def gradients(module: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_without_an_attack_the_tail_trains_as_ever_and_the_head_by_half(options):
     model = network(**options)
     plain = gradients(model, F.cross_entropy(model(X), Y))
-    loss = model.loss(X, Y)
+    loss = model.training_loss(X, Y)
     found = gradients(model, loss)
     assert float(loss.detach()) == pytest.approx(float(F.cross_entropy(model(X), Y).detach()), rel=1e-5)
     for name, gradient in plain.items():
@@ -94,7 +96,7 @@ def test_mixing():
 
 def test_the_attack_leaves_no_trace():
     model = network(steps=3, points=4, mixed=(2, 3))
-    model.loss(X, Y)
+    model.training_loss(X, Y)
     tail_once = copy.deepcopy(network())
     tail_once(X)  # the clean pass alone
     for (name, a), b in zip(model.state_dict().items(), tail_once.state_dict().values()):
@@ -102,14 +104,14 @@ def test_the_attack_leaves_no_trace():
     assert all(p.grad is None for p in model.parameters())
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     model = network(steps=3, points=2, update_statistics="all")
-    model.loss(X, Y)
+    model.training_loss(X, Y)
     assert int(model.tail[1].num_batches_tracked) == 5 and int(model.head[1].num_batches_tracked) == 1
 
 
 def test_augmented_maps_do_not_train_the_head():
     model = network(gamma=0.3, points=3, weight=2.0)
     plain = gradients(model, F.cross_entropy(model(X), Y))
-    found = gradients(model, model.loss(X, Y))
+    found = gradients(model, model.training_loss(X, Y))
     for name in plain:
         if float(plain[name].abs().max()) < 1e-6:
             continue  # a bias before a batch norm
@@ -125,7 +127,7 @@ def test_loss_is_the_weighted_mean_over_the_segment():
     assert torch.equal(ends[0], f) and torch.equal(ends[4], attacked)
     maps = [f, *(mix(f, e) if i in (3, 4) else e for i, e in enumerate(ends) if i)]
     losses = [F.cross_entropy(model.tail(each), Y).item() for each in maps]
-    assert model.loss(X, Y).item() == pytest.approx((losses[0] + 0.5 * sum(losses[1:])) / 3, rel=1e-5)
+    assert model.training_loss(X, Y).item() == pytest.approx((losses[0] + 0.5 * sum(losses[1:])) / 3, rel=1e-5)
 
 
 def test_passes_and_evaluation():
@@ -133,9 +135,39 @@ def test_passes_and_evaluation():
     calls = {"head": 0, "tail": 0}
     for name in calls:
         getattr(model, name).register_forward_hook(lambda *_, n=name: calls.__setitem__(n, calls[n] + 1))
-    model.loss(X, Y)
+    model.training_loss(X, Y)
     assert (calls["head"], calls["tail"]) == model.passes == (1, 5)
     assert torch.equal(model(X), model.tail(model.head(X)))
+
+
+def samples() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {"train": (X, Y), "test": (X, Y)}
+
+
+def test_the_training_loop_minimises_what_the_model_says(tmp_path):
+    def recipe(**changes) -> TrainingRecipe:
+        values = {
+            "model": {"name": f"{__name__}:network", "options": {"steps": 2, "points": 3}},
+            "data": {"name": f"{__name__}:samples"},
+            "batch": 6,
+            "steps": 2,
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            "schedule": {"name": "constant"},
+        }
+        return TrainingRecipe.from_dict({**values, **changes})
+
+    found = train(recipe(output=str(tmp_path / "own"))).model
+    model = network(steps=2, points=3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.training_loss(X, Y).backward()
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(found.state_dict()[name], tensor, atol=1e-5), name
+    with pytest.raises(PlanError, match="training loss of its own"):
+        teacher = {"name": f"{__name__}:network"}
+        train(recipe(teacher=teacher, output=str(tmp_path / "taught")))
 
 
 def test_refusals():

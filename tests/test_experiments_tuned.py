@@ -17,9 +17,9 @@ from pennyweight.bench.experiments.tuned_training import (
     Arm,
     Found,
     at_an_end,
+    cached,
     changed,
     difference,
-    kept,
     run,
     verdict,
     walk,
@@ -168,11 +168,11 @@ def test_runs_are_kept_by_what_their_recipe_says(tmp_path):
         calls.append(recipe)
         return {"value": len(calls)}
 
-    again = kept(measure, tmp_path / "a")
+    again = cached(measure, tmp_path / "a")
     assert again(small())["value"] == again(small())["value"] == 1
     assert again(small(seed=1))["value"] == 2
     assert again(small(batch=4))["value"] == 3
-    assert kept(measure, tmp_path / "a")(small())["value"] == 1
+    assert cached(measure, tmp_path / "a")(small())["value"] == 1
 
 
 def test_changes_reach_into_a_recipe():

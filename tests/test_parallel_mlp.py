@@ -30,7 +30,7 @@ def test_a_sum_of_separate_networks(slope):
     for j in range(7):
         h = X
         for index in range(4):
-            h = h @ model.weights[index][j] + model.biases[index][j]
+            h = h @ model.weights[index][j] + model.biases[index].view(7, -1)[j]
             h = F.leaky_relu(h, slope) if index < 3 else h
         total += h
     assert torch.allclose(model(X), total)
@@ -41,7 +41,7 @@ def test_a_sum_of_separate_networks(slope):
 def test_kinks_start_in_the_unit_interval():
     torch.manual_seed(0)
     model = ParallelMLP(1, 1, 50)
-    kinks = -model.biases[0][:, 0] / model.weights[0][:, 0]
+    kinks = -model.biases[0].view(50, -1) / model.weights[0][:, 0]
     assert bool(((kinks >= -1e-6) & (kinks <= 1 + 1e-6)).all()) and float(kinks.detach().std()) > 0.2
 
 
@@ -50,13 +50,14 @@ def test_functions_stay_and_the_penalty_changes_under_rescaling_and_order():
     y, penalty = model(X), model.penalty().item()
     with torch.no_grad():
         model.weights[1][3] *= 2
-        model.biases[1][3] *= 2
+        model.biases[1].view(7, -1)[3] *= 2
         model.weights[2][3] /= 2
     assert torch.allclose(model(X), y) and float(model.penalty()) != pytest.approx(penalty)
     order = torch.randperm(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter[order].clone())
+            rows = parameter.view(7, -1)
+            rows.copy_(rows[order].clone())
     assert torch.allclose(model(X), y)
 
 
@@ -87,7 +88,7 @@ def test_gradient_flow_conserves_differences():
 
     def invariant(model):
         squares = model.norms().square()
-        shifts = torch.stack([b.square().sum((1, 2)) for b in model.biases], 1)
+        shifts = torch.stack([b.view(7, -1).square().sum(1) for b in model.biases], 1)
         return (squares[:, 1:] - squares[:, :-1] - shifts[:, :-1]).detach()
 
     changes = []
@@ -110,7 +111,7 @@ def test_only_balanced_subnetworks_are_at_rest():
     for balanced in (False, True):
         loss = (model(X) - y).square().mean() + 0.3 * model.penalty()
         loss_by = torch.autograd.grad(loss, [*model.weights, *model.biases])
-        along = [(p * g).sum((1, 2)) for p, g in zip([*model.weights, *model.biases], loss_by)]
+        along = [(p * g).view(7, -1).sum(1) for p, g in zip([*model.weights, *model.biases], loss_by)]
         squares = model.norms().square()
         for index in range(3):
             derivative = along[index] + along[4 + index] - along[index + 1]

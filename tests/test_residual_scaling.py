@@ -131,6 +131,18 @@ def test_a_resnet_loses_its_norms_and_folds(learn):
     assert names <= model.state_dict().keys() and not any("module" in n for n in model.state_dict())
 
 
+def test_layers_of_the_branches_are_drawn_in_their_order():
+    model = resnet20(width=4)
+    torch.manual_seed(3)
+    scale_residuals(model)
+    torch.manual_seed(3)
+    for stage in (model.layer1, model.layer2, model.layer3):
+        for block in stage:
+            for layer in (block.conv1, block.conv2.module):
+                drawn = nn.init.kaiming_normal_(torch.empty_like(layer.weight), nonlinearity="relu")
+                assert torch.equal(layer.weight, drawn)
+
+
 def test_kept_norms_do_not_undo_the_scale():
     torch.manual_seed(0)
     model = resnet20(width=8).eval()

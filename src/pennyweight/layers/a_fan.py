@@ -102,7 +102,7 @@ class AdversarialFeatures(nn.Module):
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Forward and backward passes that `loss` makes through (head, tail); plain training makes (1, 1)."""
+        """Forward and backward passes that `training_loss` makes through (head, tail); plain training makes (1, 1)."""
         return 1, self.steps + self.points
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,8 +124,11 @@ class AdversarialFeatures(nn.Module):
                 attacked = clean + (attacked - clean).clamp(-self.reach * unit, self.reach * unit)
         return attacked.detach()
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The scalar to train on, of inputs x as the head takes them and targets as the loss does."""
+    def training_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The scalar to train on, of inputs x as the head takes them and targets as the loss does.
+
+        `pennyweight train` minimises it, by this name.
+        """
         features = self.head(x)
         total = self.criterion(self.tail(features), targets)
         clean = features.detach()

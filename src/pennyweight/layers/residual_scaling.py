@@ -92,7 +92,8 @@ def scale_residuals(
         raise PlanError(f"residual scaling: {len(scales)} scales for {n} residual sums; give one for each")
     if norms == "remove":
         remove_norms(model, graph)
-        for name in {name for found in graph.sums for name in found.weighted} if initialise else ():
+        names = dict.fromkeys(name for found in graph.sums for name in found.weighted)  # in order: same seed, same draw
+        for name in names if initialise else ():
             _initialise(model.get_submodule(name))
     for found, each in zip(graph.sums, scales):
         name = found.branch if norms == "remove" else found.end  # a norm behind the scale would undo it

@@ -12,8 +12,8 @@ ReLU lets a factor move between layers of a subnetwork at the same function, and
 so that weight decay is an l_{2/L} penalty on the sizes of subnetworks: for L > 2 sparser than the lasso. Those that end
 up constant can be taken out (`prune`).
 
-Train with the penalty in the loss and plain Adam or SGD; decoupled decay is another objective. PyTorch's weight_decay
-mu is lambda = mu / 2. The paper gives no sizes that could be read (they are in an appendix): defaults are ours, with
+Train with the penalty in the loss and plain Adam or SGD; decoupled decay is another objective. Their weight_decay mu is
+lambda = mu / 2, on the weights alone (`decay: matrices` of a recipe). The paper gives no sizes that could be read (they are in an appendix): defaults are ours, with
 kinks of the first layer spread over [0, 1] as inputs are to be, the last layer divided by sqrt(M). slope > 0 (leaky
 ReLU) keeps more subnetworks alive at the start; all of the above holds with it.
 """
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 class ParallelMLP(nn.Module):
     """x [samples, inputs] -> [samples, outputs]. Raises ValueError unless there are 2 layers or more.
 
-    weights[l]: [subnetworks, in, out], biases[l]: [subnetworks, 1, out]; `offset` [outputs] is what pruned constants
-    leave, a buffer.
+    weights[l]: [subnetworks, in, out]; biases[l]: [subnetworks * out], flat, so that optimizers that decay matrices
+    alone leave them out; `offset` [outputs] is what pruned constants leave, a buffer.
     """
 
     offset: Tensor
@@ -48,20 +48,20 @@ class ParallelMLP(nn.Module):
         self.weights = nn.ParameterList(
             torch.randn(subnetworks, n, m) * scale for n, m, scale in zip(sizes, sizes[1:], scales)
         )
-        self.biases = nn.ParameterList(torch.zeros(subnetworks, 1, m) for m in sizes[1:])
+        self.biases = nn.ParameterList(torch.zeros(subnetworks * m) for m in sizes[1:])
         with torch.no_grad():  # first-layer kinks at random points of the unit cube
             points = torch.rand(subnetworks, inputs, sizes[1])
-            self.biases[0].copy_(-(self.weights[0] * points).sum(1, keepdim=True))
+            self.biases[0].copy_(-(self.weights[0] * points).sum(1).flatten())
         self.register_buffer("offset", torch.zeros(outputs))
 
     def subnetworks(self, x: Tensor) -> Tensor:
         """Outputs of each one: [subnetworks, samples, outputs]."""
-        last = len(self.weights) - 1
-        h = x.expand(len(self.weights[0]), *x.shape)
+        last, count = len(self.weights) - 1, len(self.weights[0])
+        h = x.t().expand(count, *x.t().shape)  # samples last: thin layers multiply several times faster that way
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            h = torch.baddbmm(bias, h, weight)
+            h = torch.baddbmm(bias.view(count, weight.shape[2], 1), weight.transpose(1, 2), h)
             h = F.leaky_relu(h, self.slope) if index < last else h
-        return h
+        return h.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.subnetworks(x).sum(0) + self.offset
@@ -89,7 +89,7 @@ class ParallelMLP(nn.Module):
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             weight.mul_(factors[:, index].to(weight.dtype).view(-1, 1, 1))
             if index < len(self.weights) - 1:
-                bias.mul_(reach[:, index].to(bias.dtype).view(-1, 1, 1))
+                bias.view(len(weight), -1).mul_(reach[:, index, None].to(bias.dtype))
 
     @torch.no_grad()
     def active(self, x: Tensor, tolerance: float = 1e-3) -> Tensor:
@@ -107,9 +107,9 @@ class ParallelMLP(nn.Module):
         keep = self.active(x, tolerance)
         values = self.subnetworks(x)[~keep]
         self.offset += ((values.amax(1) + values.amin(1)) / 2).sum(0)
-        for parameters in (self.weights, self.biases):
-            for index, parameter in enumerate(parameters):
-                parameters[index] = nn.Parameter(parameter[keep].clone())
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            self.weights[index] = nn.Parameter(weight[keep].clone())
+            self.biases[index] = nn.Parameter(bias.view(len(keep), -1)[keep].flatten())
         return int(keep.sum())
 
 

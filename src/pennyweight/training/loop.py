@@ -5,7 +5,8 @@
 What a run computes is a function of its recipe: the order of samples, augmentation, dropout and the learning rate
 follow from (seed, step), so a resumed run continues bit for bit, and the same recipe on several processes (see
 `parallel`) sees the same batches: `batch` counts the samples of one optimizer step over all processes and accumulated
-parts. Batch norm takes its statistics from each part alone.
+parts. Batch norm takes its statistics from each part alone. A model with a method `training_loss(inputs, targets)`
+says itself what training minimises (A-FAN does); evaluation takes the recipe's loss all the same.
 
 One step: draw the rows of the batch; forward and backward of each part; unscale; measure; clip; hooks before,
 optimizer, hooks after, average. `step` counts batches; updates that mixed precision skips are logged as
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -144,6 +145,12 @@ class _Training:
         if recipe.teacher is not None:
             self.teacher = make_model(recipe.teacher.model).to(accelerator.device).requires_grad_(False).eval()
         try_out(self.model, self.data.train, recipe)
+        self.own_loss = callable(getattr(self.model, "training_loss", None))
+        if self.own_loss and (accelerator.num_processes > 1 or recipe.teacher is not None):
+            raise PlanError(
+                f"{type(self.model).__name__} has a training loss of its own, which neither a teacher nor several "
+                "processes take part in; leave them out"
+            )
         if recipe.prepare is not None:
             rows = self._rows_of_epoch(0)[:_CALIBRATION]
             prepare(self.model, recipe.prepare, data=[self.data.train.batch(rows)[0]])
@@ -285,6 +292,9 @@ class _Training:
             ) from error
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.own_loss:
+            with self.accelerator.autocast():
+                return cast(Any, self.model).training_loss(inputs, targets)
         with self.parallel.forward():
             output = output_tensor(self.runner(inputs)).float()
         teacher = self.recipe.teacher

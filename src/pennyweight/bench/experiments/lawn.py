@@ -39,9 +39,9 @@ from .tuned_training import (
     Measure,
     arguments_of,
     at_an_end,
+    cached,
     changed,
     drawing,
-    kept,
     run,
     save_figure,
     shown,
@@ -221,7 +221,7 @@ Results = Mapping[tuple[str, int], Mapping[str, Found]]
 def main(arguments: Sequence[str] | None = None) -> None:
     options = arguments_of(COMMAND, "lawn.md", __doc__, arguments, seeds=3)
     recipe = TrainingRecipe.load(RECIPE)
-    measure = kept(measured, options.runs / "lawn")
+    measure = cached(measured, options.runs / "lawn")
     found: dict[tuple[str, int], dict[str, Found]] = {}
     ends: list[str] = []
     equal: list[str] = []

@@ -32,7 +32,7 @@ from ...weights.psilon import near_sparsity
 from ..results import Table, write_results
 from .adaquant import digits
 from .pwd import BEFORE_PRUNING, MagnitudePruned
-from .tuned_training import REPOSITORY, Arm, Found, arguments_of, at_an_end, changed, kept, run, shown, verdict, walk
+from .tuned_training import REPOSITORY, Arm, Found, arguments_of, at_an_end, cached, changed, run, shown, verdict, walk
 
 COMMAND = "python -m pennyweight.bench.experiments.psilon"
 RECIPE = REPOSITORY / "recipes" / "psilon.yaml"
@@ -181,7 +181,7 @@ Results = Mapping[str, Found]
 def main(arguments: Sequence[str] | None = None) -> None:
     options = arguments_of(COMMAND, "psilon.md", __doc__, arguments, seeds=3, tasks=list(TASKS))
     recipe = changed(TrainingRecipe.load(RECIPE), {"output": ""})
-    measure = kept(measured, options.runs / "psilon")
+    measure = cached(measured, options.runs / "psilon")
     found: dict[str, dict[str, Found]] = {}
     ends: list[str] = []
     for task in options.tasks:

@@ -31,7 +31,7 @@ from ...training.settings import ModelSettings, TrainingRecipe
 from ..results import Table, mean_and_spread, write_results
 from .denoise_affine import load_text
 from .lawn import TRAIN as SMALL_IMAGES
-from .tuned_training import REPOSITORY, Measure, arguments_of, changed, drawing, kept, run, save_figure, verdict
+from .tuned_training import REPOSITORY, Measure, arguments_of, cached, changed, drawing, run, save_figure, verdict
 
 COMMAND = "python -m pennyweight.bench.experiments.pwd"
 RECIPE = REPOSITORY / "recipes" / "pwd.yaml"
@@ -238,7 +238,7 @@ Results = Mapping[str, Mapping[float, Point]]
 def main(arguments: Sequence[str] | None = None) -> None:
     options = arguments_of(COMMAND, "pwd.md", __doc__, arguments, seeds=3, tasks=list(TASKS))
     recipe = changed(TrainingRecipe.load(RECIPE), {"output": ""})
-    measure = kept(measured, options.runs / "pwd")
+    measure = cached(measured, options.runs / "pwd")
     found: dict[str, Results] = {}
     for name in options.tasks:
         task = TASKS[name]

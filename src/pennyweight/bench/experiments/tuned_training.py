@@ -13,10 +13,7 @@ starts it would stay at the nearest of several hills, such as that of a small de
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +38,7 @@ from ...training.prepare import prepare
 from ...training.randomness import derived_seed, generator
 from ...training.schedule import Schedule
 from ...training.settings import TrainingRecipe
+from .kept import kept
 
 REPOSITORY = Path(__file__).parents[4]
 _NEEDED = ("model", "data", "batch")
@@ -154,22 +152,13 @@ class Arm:
 Measure = Callable[[TrainingRecipe], dict[str, Any]]
 
 
-def kept(measure: Measure, folder: Path) -> Measure:
-    """`measure` with its results in files, which must be JSON, named by what of the recipe is not default."""
+def cached(measure: Measure, folder: Path) -> Measure:
+    """`measure` with its results in files, named by what of the recipe is not default."""
 
     def looked_up(recipe: TrainingRecipe) -> dict[str, Any]:
         plain = TrainingRecipe(recipe.model, recipe.data, recipe.batch, steps=1).to_dict() | {"steps": None}
         said = {key: value for key, value in recipe.to_dict().items() if value != plain[key] or key in _NEEDED}
-        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-        path = folder / f"{digest}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        found = measure(recipe)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(found), encoding="utf-8")
-        part.replace(path)
-        return json.loads(json.dumps(found))
+        return kept(folder, said, lambda: measure(recipe))
 
     return looked_up
 

@@ -29,8 +29,8 @@ from .tuned_training import (
     Found,
     arguments_of,
     at_an_end,
+    cached,
     changed,
-    kept,
     run,
     score,
     shown,
@@ -102,7 +102,7 @@ def arms(recipe: TrainingRecipe) -> list[Arm]:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = arguments_of(COMMAND, "weight-compander.md", __doc__, arguments, seeds=5)
     recipe = changed(TrainingRecipe.load(RECIPE), {"output": ""})
-    measure = kept(measured, options.runs / "weight-compander")
+    measure = cached(measured, options.runs / "weight-compander")
     both = arms(recipe)
     found = {arm.name: walk(arm, measure, lambda one: one["validation"], options.seeds) for arm in both}
     kinds = ("kurtosis", "near zero", "largest")
