@@ -13,9 +13,10 @@ so that weight decay is an l_{2/L} penalty on the sizes of subnetworks: for L > 
 up constant can be taken out (`prune`).
 
 Train with the penalty in the loss and plain Adam or SGD; decoupled decay is another objective. Their weight_decay mu is
-lambda = mu / 2, on the weights alone (`decay: matrices` of a recipe). The paper gives no sizes that could be read (they are in an appendix): defaults are ours, with
-kinks of the first layer spread over [0, 1] as inputs are to be, the last layer divided by sqrt(M). slope > 0 (leaky
-ReLU) keeps more subnetworks alive at the start; all of the above holds with it.
+lambda = mu / 2, on the weights alone (`decay: matrices` of a recipe). The paper gives no sizes that could be read (they
+are in an appendix): defaults are ours, with kinks of the first layer spread over [0, 1] as inputs are to be, the last
+layer divided by sqrt(M). slope > 0 (leaky ReLU) keeps more subnetworks alive at the start; all of the above holds with
+it.
 """
 
 from __future__ import annotations
