@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 KERNEL_TESTS := $(wildcard tests/test_kernels_*.py) tests/test_error_feedback.py
+# All that measure; `regularisers` then quotes their pages.
+EXPERIMENTS := $(filter-out regularisers,$(basename $(notdir $(shell grep -l __main__ src/pennyweight/bench/experiments/*.py))))
 NATIVE := CMakeLists.txt $(wildcard src/pennyweight/kernels/cpu/*)
 
 .PHONY: demo test lint experiments bench emulate sanitize clean
@@ -29,8 +31,8 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 experiments: $(VENV)/.installed
-	@set -e; for file in $$(grep -l __main__ src/pennyweight/bench/experiments/*.py); do \
-	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m pennyweight.bench.experiments.$$name; done
+	@set -e; for name in $(EXPERIMENTS) regularisers; do \
+	  echo "== $$name"; $(BIN)/python -m pennyweight.bench.experiments.$$name; done
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/planner.py --page
