@@ -101,7 +101,7 @@ def test_parts_are_pytorchs_attention(call):
 
 
 @settings(max_examples=40, deadline=None)
-@given(calls(), st.sampled_from([8, 16, 32]))
+@given(calls(), st.sampled_from([16, 32]))
 def test_packed_parts_are_the_decoded_attention(call, activation_bits):
     options, inputs, arguments = call
     assume("attn_mask" not in arguments or arguments["attn_mask"].ndim == 2)
@@ -111,7 +111,7 @@ def test_packed_parts_are_the_decoded_attention(call, activation_bits):
     set_memory(twin, "low", activation_bits)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        close(twin(*inputs, **arguments), decoded(*inputs, **arguments), {8: 0.1, 16: 5e-4, 32: 1e-5}[activation_bits])
+        close(twin(*inputs, **arguments), decoded(*inputs, **arguments), 5e-4 if activation_bits == 16 else 0.0)
 
 
 def test_a_causal_hint_without_a_mask_is_refused_as_pytorch_does():

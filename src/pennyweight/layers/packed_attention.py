@@ -3,8 +3,8 @@
 PyTorch's own forward hands all weights to one function, so that nobody can see what the output projection reads, or
 multiply without weights of floats. `forward_in_parts` computes the same with the projections as products of their own:
 
-    PackedAttention   with low memory: the codes multiply. What both halves of cross-attention need of one packed
-                      weight [3 * embed, embed] is cut out of its whole product.
+    PackedAttention   with low memory and inputs of 8 or 16 bits: the codes multiply. What both halves of cross-attention
+                      need of one packed weight [3 * embed, embed] is cut out of its whole product.
     in_parts(model)   while it lasts, calibration sees the inputs of every projection
 
 Nested tensors run in PyTorch's forward.
@@ -138,30 +138,27 @@ def _is_plain(module: nn.MultiheadAttention) -> bool:
 
 @twin_of(nn.MultiheadAttention)
 class PackedAttention(PackedModule):
-    """nn.MultiheadAttention; with low memory the format multiplies."""
+    """nn.MultiheadAttention; with low memory and quantised inputs the format multiplies."""
 
     in_proj_bias: Tensor | None
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """What nn.TransformerEncoderLayer asks before it takes all weights, decoded, into a function of its own."""
-        return self._packed_memory == "fast" and vars(self)["_qkv_same_embed_dim"]
+        return not self._multiplies and vars(self)["_qkv_same_embed_dim"]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         whole = self._packed_views.keys() in ({"in_proj_weight"}, set(_SEPARATE))
-        if self._packed_memory == "fast" or not whole or query.is_nested or key.is_nested or value.is_nested:
+        if not (self._multiplies and whole) or query.is_nested or key.is_nested or value.is_nested:
             return super().forward(query, key, value, *args, **kwargs)
         return forward_in_parts(cast(Any, self), self._project, query, key, value, *args, **kwargs)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if "in_proj_weight" not in self._packed_views:
             inputs = zip(_SEPARATE, (query, key, value), _biases(cast(Any, self)))
-            return cast(Any, tuple(self._weight(name).linear(x, bias) for name, x, bias in inputs))
-        weight, bias = self._weight("in_proj_weight"), self.in_proj_bias
+            return cast(Any, tuple(self.running_weight(name).linear(x, bias) for name, x, bias in inputs))
+        weight, bias = self.running_weight("in_proj_weight"), self.in_proj_bias
         of_query = weight.linear(query, bias).chunk(3, -1)
         of_key = of_query if key is query else weight.linear(key, bias).chunk(3, -1)
         of_value = of_query if value is query else of_key if value is key else weight.linear(value, bias).chunk(3, -1)
         return of_query[0], of_key[1], of_value[2]
-
-    def _weight(self, name: str) -> Any:
-        return self.running_weight(name) if self._multiplies else self.packed_weight(name)
