@@ -3,8 +3,8 @@
 PyTorch's own forward hands all weights to one function, so that nobody can see what the output projection reads, or
 multiply without weights of floats. `forward_in_parts` computes the same with the projections as products of their own:
 
-    PackedAttention   with low memory and inputs of 8 or 16 bits: the codes multiply. What both halves of cross-attention
-                      need of one packed weight [3 * embed, embed] is cut out of its whole product.
+    PackedAttention   with low memory and inputs of 8 or 16 bits: the codes multiply. What both halves of
+                      cross-attention need of one packed weight [3 * embed, embed] is cut out of its whole product.
     in_parts(model)   while it lasts, calibration sees the inputs of every projection
 
 Nested tensors run in PyTorch's forward.
