@@ -143,8 +143,7 @@ def test_products_of_many_rows_are_exact_at_the_ends(bits, group, factor):
     codes[0], codes[1], codes[2, ::2], codes[2, 1::2] = high, low, high, low
     width = group if 0 < group < cols else 304
     matrix = IntegerMatrix.of(codes, torch.ones(rows, -(-cols // width)), group, factor=factor, zero=zero)
-    in_threes = bits == 2 and width % 16 and width < cols  # groups that end within a step of 16 columns
-    assert matrix is not None and matrix.bits == (3 if in_threes else bits)
+    assert matrix is not None and matrix.bits == bits
     for activation_bits in (8, 16):
         most = 127 if activation_bits == 8 else int(min(32639, 2147483647 // matrix.limit))
         x = torch.where(torch.rand(37, cols, generator=generator) < 0.5, -most, most)
@@ -326,7 +325,7 @@ def test_fuzzed_weights_end_in_an_error_or_a_result(data):
 
     rows, cols, bits, group = small(0, 130), small(0, 40), small(0, 9), small(0, 5) * 8
     blocks, padded = -(-rows // 64), -(-cols // 8) * 8
-    exact = blocks * -(-padded // 16) * 16 * 16 if bits == 2 else blocks * padded * 64 * bits // 8
+    exact = blocks * padded * 64 * bits // 8
     size = data.draw(st.sampled_from([exact, exact + 1, max(exact - 1, 0), small(0, 5000)]))
     groups = -(-padded // group) if group else 1
     count = small(0, 4)

@@ -7,7 +7,7 @@
 
 so a result depends neither on the number of threads nor on the instruction set. With 16 bits it differs from the
 float32 product by about 1e-5 of its size, less than bfloat16 loses in rounding its inputs; with 8 bits by about 1e-2.
-Few inputs meet codes of 2, 4 and 8 bits as bytes, unpacked in registers, and the bit planes of 1 and 3 bits by table
+Few inputs meet codes of 4 and 8 bits as bytes, unpacked in registers, and the bit planes of 1 to 3 bits by table
 look-up: the sums of any of four inputs are tabulated, and four bits of a weight's row choose one (the idea of T-MAC,
 arXiv 2407.00088). Many inputs meet weights unpacked to bytes or 16 bits, panel by panel.
 """
@@ -40,9 +40,8 @@ class IntegerMatrix:
     """A weight [rows, cols] in the arrangement of kernels/cpu/integer.h.
 
     codes: uint8; rows lie in blocks of 64, and for each step of columns the block's rows lie side by side.
-        bits 1, 3: planes [blocks, cols / 8, bits, 64]. bits 2, 4: fours [blocks, cols / (32 / bits), 64, 4], byte j of
-        a step with its columns j, 4 + j, ... bits 8: signed bytes [blocks, cols / 2, 64, 2]. cols are filled up to a
-        multiple of 8 (2 bits: 16).
+        bits 1 to 3: planes [blocks, cols / 8, bits, 64]. bits 4: fours [blocks, cols / 8, 64, 4], byte j with columns j
+        and 4 + j. bits 8: signed bytes [blocks, cols / 2, 64, 2]. cols are filled up to a multiple of 8.
     group: columns in a group, a multiple of 8. scale, minimum: float32 [blocks, groups, 64]. column_scale,
         column_offset: float32 [cols].
     escape_start int32 [blocks + 1], escapes int32 [3, count]: row in the block, column, and what is to be added to the
@@ -95,8 +94,6 @@ class IntegerMatrix:
         escape_start = escapes = None
         if bits <= 4 and factor * low - zero >= -128 and factor * high - zero <= 127:
             base = low
-            if bits == 2 and group % 16 and group < cols:
-                bits = 3  # groups would end within a step of 16 columns
         elif high - low < 256:
             bits, base = 8, low + 128
         else:
@@ -293,16 +290,10 @@ def _escapes(codes: Tensor) -> tuple[Tensor, Tensor] | None:
     return start, torch.stack([row % BLOCK, column, rest[row, column]]).to(torch.int32)
 
 
-def _filled(cols: int, bits: int) -> int:
-    """The columns that are stored."""
-    step = 16 if bits == 2 else 8
-    return -(-cols // step) * step
-
-
 def _arrange(codes: Tensor, bits: int, base: int, factor: int, zero: int, group: int) -> tuple[Tensor, float]:
     """(arranged codes - base, most that sum |factor * code - zero| over a group comes to)."""
     rows, cols = codes.shape
-    padded = _filled(cols, bits)
+    padded = -(-cols // 8) * 8
     parts, limit = [], 0.0
     for first in range(0, rows, _CHUNK_ROWS):
         part = (codes[first : first + _CHUNK_ROWS].to(torch.int32) - base).clamp_(-128, 255).to(torch.int16)
@@ -325,14 +316,13 @@ def _arrange(codes: Tensor, bits: int, base: int, factor: int, zero: int, group:
 def arrange_reference(codes: Tensor, bits: int) -> Tensor:
     """Codes [rows, cols] -> uint8, the arrangement of `IntegerMatrix.codes`."""
     rows, cols = codes.shape
-    padded = F.pad(codes.to(torch.int32), (0, _filled(cols, bits) - cols, 0, -rows % BLOCK))
+    padded = F.pad(codes.to(torch.int32), (0, -cols % 8, 0, -rows % BLOCK))
     if bits == 8:
         pairs = padded.view(-1, BLOCK, padded.shape[1] // 2, 2).transpose(1, 2)
         return pairs.contiguous().to(torch.int8).view(torch.uint8).flatten()
-    if bits in (2, 4):
-        fours = padded.view(-1, BLOCK, padded.shape[1] * bits // 32, 8 // bits, 4)
-        shifted = fours << (bits * torch.arange(8 // bits)).view(-1, 1)
-        return shifted.sum(3).transpose(1, 2).contiguous().to(torch.uint8).flatten()
+    if bits == 4:
+        low, high = padded.view(-1, BLOCK, padded.shape[1] // 8, 2, 4).unbind(3)
+        return (low | high << 4).transpose(1, 2).contiguous().to(torch.uint8).flatten()
     columns = padded.view(-1, BLOCK, padded.shape[1] // 8, 8)
     weights = 1 << torch.arange(8)
     planes = [(((columns >> p) & 1) * weights).sum(3).transpose(1, 2) for p in range(bits)]
@@ -341,14 +331,13 @@ def arrange_reference(codes: Tensor, bits: int) -> Tensor:
 
 def codes_reference(matrix: IntegerMatrix) -> Tensor:
     """int32 [rows, cols]: factor * stored - zero, escapes included."""
-    width = _filled(matrix.cols, matrix.bits)
+    width = -(-matrix.cols // 8) * 8
     if matrix.bits == 8:
         pairs = matrix.codes.view(torch.int8).view(matrix.blocks, width // 2, BLOCK, 2)
         stored = pairs.transpose(1, 2).reshape(-1, width)
-    elif matrix.bits in (2, 4):
-        fours = matrix.codes.view(matrix.blocks, width * matrix.bits // 32, BLOCK, 1, 4).transpose(1, 2).to(torch.int32)
-        shifts = (matrix.bits * torch.arange(8 // matrix.bits)).view(-1, 1)
-        stored = (fours >> shifts & ((1 << matrix.bits) - 1)).reshape(-1, width)
+    elif matrix.bits == 4:
+        fours = matrix.codes.view(matrix.blocks, width // 8, BLOCK, 4).transpose(1, 2)
+        stored = torch.stack([fours & 15, fours >> 4], 3).reshape(-1, width)
     else:
         planes = matrix.codes.view(matrix.blocks, width // 8, matrix.bits, BLOCK).to(torch.int32)
         columns = torch.stack([planes >> k & 1 for k in range(8)], 4)  # [blocks, bytes, bits, 64, 8]

@@ -153,7 +153,7 @@ void integer_arrange(const std::int16_t *codes, const Integers &w, std::uint8_t 
                     continue;
                 }
                 if (w.fours()) {
-                    block[(k / w.step() * block_rows + r) * 4 + k % 4] |= static_cast<std::uint8_t>(row[k] << k % w.step() / 4 * w.bits);
+                    block[(k / 8 * block_rows + r) * 4 + k % 4] |= static_cast<std::uint8_t>(row[k] << k % 8 / 4 * 4);
                     continue;
                 }
                 for (std::size_t p = 0; p < w.bits; ++p)

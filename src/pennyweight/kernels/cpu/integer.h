@@ -10,12 +10,11 @@ constexpr std::size_t span = 32;        // column bytes (8 columns each) whose s
 // An integer weight [rows, cols] as the kernels read it; kernels/integer.py says what the numbers mean.
 //
 // Rows come in blocks of 64, the last one filled up with zeros; columns are filled up to a multiple of 8.
-//     bits 1, 3   planes   [blocks][cols / 8][bits][64] bytes: bit i of a byte is column 8c + i of that plane and row
-//     bits 2, 4   fours    [blocks][cols / (32 / bits)][64][4] bytes, cols filled up to whole steps: byte j of a step holds its
-//                          columns j, 4 + j, ..., the first of them in its lowest bits
+//     bits 1..3   planes   [blocks][cols / 8][bits][64] bytes: bit i of a byte is column 8c + i of that plane and row
+//     bits 4      fours    [blocks][cols / 8][64][4] bytes: byte j holds columns 8c + j, in its lower half, and 8c + 4 + j
 //     bits 8      bytes    [blocks][cols / 2][64][2] signed bytes
 // What is stored means factor * stored - zero, times the scale.
-// scale, minimum: [blocks][groups][64]. A group has `group` columns, a multiple of 8 (of 16 for several groups of 2 bits); the last one may be shorter.
+// scale, minimum: [blocks][groups][64]. A group has `group` columns, a multiple of 8; the last one may be shorter.
 // Escapes are what bytes cannot hold, to be added to factor * stored - zero, sorted by block: those of block b are start[b] .. start[b+1]-1.
 struct Integers {
     const std::uint8_t *codes;
@@ -27,10 +26,9 @@ struct Integers {
     std::size_t blocks() const { return (rows + block_rows - 1) / block_rows; }
     std::size_t padded() const { return (cols + 7) / 8 * 8; }
     std::size_t groups() const { return (padded() + group - 1) / group; }
-    bool planes() const { return bits % 2 == 1; }
-    bool fours() const { return bits == 2 || bits == 4; }
-    std::size_t step() const { return fours() ? 32 / bits : 8; }  // columns that cannot be stored apart
-    std::size_t block_bytes() const { return (cols + step() - 1) / step() * step() * block_rows * bits / 8; }
+    bool planes() const { return bits < 4; }
+    bool fours() const { return bits == 4; }
+    std::size_t block_bytes() const { return padded() * block_rows * bits / 8; }
     const std::uint8_t *block(std::size_t b) const { return codes + b * block_bytes(); }
 };
 

@@ -179,51 +179,27 @@ PENNYWEIGHT_INLINE void dot_bytes(const std::uint8_t *block, std::size_t first, 
     for (std::size_t v = 0; v < all; ++v) store(acc + v * lanes, sum[v]);
 }
 
-// acc += (or, if fresh, =) (fours . x) << shift for columns first .. last-1 of one input, whose bytes x are: a step takes all
-// the codes of four bytes of a row, those of two bits in their nibbles' upper half fourfold.
-template <std::size_t Bits>
+// acc += (or, if fresh, =) (fours . x) << shift for columns first .. last-1 of one input, whose bytes x are
 static void multiply_fours(const Integers &w, std::size_t b, std::size_t first, std::size_t last, const std::int8_t *x, int shift, bool fresh, std::uint32_t *acc) {
-    constexpr std::size_t step = 32 / Bits, kinds = Bits == 2 ? 2 : 1, all = block_rows / lanes, at_once = width == 64 ? 4 : 4 / kinds;  // what the registers hold
-    const std::size_t steps = (last - first + step - 1) / step;
-#if defined(PENNYWEIGHT_VNNI)
-    const std::size_t together = steps;
-#else
-    constexpr std::size_t together = Bits == 2 ? 32767 / (2 * 128 * 12) / 2 : 32767 / (2 * 128 * 15) / 2;
-#endif
-    const std::uint8_t *const block = w.block(b) + first / step * block_rows * 4;
-    alignas(64) std::uint32_t sums[2][block_rows];
+    constexpr std::size_t all = block_rows / lanes, at_once = all < 4 ? all : 4;
+    const std::size_t steps = (last - first) / 8, together = smaller(steps, Fours::span(4) / 2);  // two sums a step
+    const std::uint8_t *const block = w.block(b) + first / 8 * block_rows * 4;
+    alignas(64) std::uint32_t sums[block_rows];
     for (std::size_t v = 0; v < all; v += at_once)
         for (std::size_t done = 0, stop; done < steps; done = stop) {
             stop = smaller(steps, done + together);
-            V sum[kinds][at_once];
-            for (std::size_t i = 0; i < kinds; ++i)
-                for (std::size_t r = 0; r < at_once; ++r) sum[i][r] = Fours::begin(sums[i] + (v + r) * lanes, done == 0);
+            V sum[at_once];
+            for (std::size_t r = 0; r < at_once; ++r) sum[r] = Fours::begin(sums + (v + r) * lanes, done == 0);
             for (std::size_t s = done; s < stop; ++s) {
-                const std::uint8_t *const from = block + s * block_rows * 4 + v * width;
-                const std::int8_t *const at = x + first + s * step;
-                if constexpr (Bits == 2) {
-                    const V q0 = broadcast32(at), q1 = broadcast32(at + 4), q2 = broadcast32(at + 8), q3 = broadcast32(at + 12);
-                    for (std::size_t r = 0; r < at_once; ++r) {
-                        const V low = load(from + r * width), high = high_nibbles(low);
-                        sum[0][r] = settled(Fours::add(Fours::add(sum[0][r], masked(low, 3), q0), masked(high, 3), q2));
-                        sum[1][r] = settled(Fours::add(Fours::add(sum[1][r], masked(low, 12), q1), masked(high, 12), q3));
-                    }
-                } else {
-                    const V q0 = broadcast32(at), q1 = broadcast32(at + 4);
-                    for (std::size_t r = 0; r < at_once; ++r) {
-                        const V code = load(from + r * width);
-                        sum[0][r] = settled(Fours::add(Fours::add(sum[0][r], low_nibbles(code), q0), high_nibbles(code), q1));
-                    }
+                const V q0 = broadcast32(x + first + s * 8), q1 = broadcast32(x + first + s * 8 + 4);
+                for (std::size_t r = 0; r < at_once; ++r) {
+                    const V codes = load(block + s * block_rows * 4 + (v + r) * width);
+                    sum[r] = settled(Fours::add(Fours::add(sum[r], low_nibbles(codes), q0), high_nibbles(codes), q1));
                 }
             }
-            for (std::size_t i = 0; i < kinds; ++i)
-                for (std::size_t r = 0; r < at_once; ++r) Fours::end(sum[i][r], sums[i] + (v + r) * lanes, done == 0);
+            for (std::size_t r = 0; r < at_once; ++r) Fours::end(sum[r], sums + (v + r) * lanes, done == 0);
         }
-    for (std::size_t r = 0; r < block_rows; ++r) {
-        std::uint32_t sum = sums[0][r];
-        if constexpr (Bits == 2) sum += static_cast<std::uint32_t>(static_cast<std::int32_t>(sums[1][r]) >> 2);
-        acc[r] = fresh ? sum : acc[r] + (sum << shift);
-    }
+    for (std::size_t r = 0; r < block_rows; ++r) acc[r] = fresh ? sums[r] : acc[r] + (sums[r] << shift);
 }
 
 // Totals are in units of x, all else in units of the row's step.
@@ -255,9 +231,8 @@ static void one_input(const Integers &w, std::size_t b, const Activations &a, st
         if (w.bits == 8) {
             dot_bytes(block, first / 2, last / 2, a.q + m * a.stride, acc);
         } else if (w.fours()) {
-            const auto multiply = w.bits == 2 ? multiply_fours<2> : multiply_fours<4>;
-            multiply(w, b, first, last, a.low + m * a.byte_stride, 0, true, acc);
-            if (parts == 2) multiply(w, b, first, last, a.high + m * a.byte_stride, 8, false, acc);
+            multiply_fours(w, b, first, last, a.low + m * a.byte_stride, 0, true, acc);
+            if (parts == 2) multiply_fours(w, b, first, last, a.high + m * a.byte_stride, 8, false, acc);
         } else {
             look_up(block, w.bits, first / 8, last / 8, tables, 0, true, acc);
             if (parts == 2) look_up(block, w.bits, first / 8, last / 8, tables + padded * 8, 8, false, acc);
@@ -294,8 +269,7 @@ static void decode(const Integers &w, std::size_t b, std::size_t first, std::siz
         const std::uint8_t *bytes = w.bits == 8 ? w.block(b) + k0 * block_rows : unpacked;
         if (w.planes()) unpack(w.block(b), w.bits, k0 / 8, k0 / 8 + 1, unpacked);
         for (std::size_t k = 0; w.fours() && k < 8; k += 4) {
-            const Four four(w, b, k0 + k);
-            for (std::size_t i = 0; i < 4 * block_rows; i += width) store(unpacked + k * block_rows + i, bits_at(load(four.bytes + i), four.shift, four.mask));
+            for (std::size_t r = 0; r < block_rows; r += lanes) store(unpacked + (k * block_rows + 4 * r), four_of(w, b, k0 + k, r));
         }
         const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(bytes);
         for (std::size_t i = 0; i < 8 * block_rows; ++i) values[i] = static_cast<float>(w.factor * codes[i] - w.zero);

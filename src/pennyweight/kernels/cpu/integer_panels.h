@@ -44,16 +44,18 @@ static void unpack_planes(const std::uint8_t *planes, std::size_t first, std::si
 }
 
 static void unpack(const std::uint8_t *planes, std::size_t bits, std::size_t first, std::size_t last, std::uint8_t *out) {
-    return bits == 1 ? unpack_planes<1>(planes, first, last, out) : unpack_planes<3>(planes, first, last, out);
+    switch (bits) {
+        case 1: return unpack_planes<1>(planes, first, last, out);
+        case 2: return unpack_planes<2>(planes, first, last, out);
+        default: return unpack_planes<3>(planes, first, last, out);
+    }
 }
 
-// Where fours hold columns k .. k+3 of a block, and how far their codes are to be shifted down.
-struct Four {
-    const std::uint8_t *bytes;
-    int shift, mask;
-    Four(const Integers &w, std::size_t b, std::size_t k)
-        : bytes(w.block(b) + k / w.step() * block_rows * 4), shift(static_cast<int>(k % w.step() / 4 * w.bits)), mask((1 << w.bits) - 1) {}
-};
+// Codes of columns k .. k+3 of some rows, from row `first` on, of a block of fours.
+PENNYWEIGHT_INLINE V four_of(const Integers &w, std::size_t b, std::size_t k, std::size_t first) {
+    const V both = load(w.block(b) + (k / 8 * block_rows + first) * 4);
+    return k % 8 == 0 ? low_nibbles(both) : high_nibbles(both);
+}
 
 // A panel is [units][steps][unit][4 bytes]: a step takes four bytes of every input, two columns as int16 or four as bytes.
 // `Kind::step` makes one of some unit from the arrangement of 8 bits, `Kind::four` what takes the four columns of two vectors.
@@ -61,12 +63,8 @@ template <typename Kind>
 PENNYWEIGHT_INLINE void arrange_as(const Integers &w, std::size_t b, std::size_t first, std::size_t last, std::size_t steps, std::uint8_t *out) {
     const auto to = [&](std::size_t u, std::size_t k) { return out + (u * steps + (k - first) / Kind::columns) * 2 * width; };
     if (w.fours()) {
-        for (std::size_t k = first; k < last; k += 4) {
-            const Four four(w, b, k);
-            for (std::size_t u = 0; u < units; ++u)
-                Kind::four(bits_at(load(four.bytes + u * 2 * width), four.shift, four.mask),
-                           bits_at(load(four.bytes + (2 * u + 1) * width), four.shift, four.mask), to(u, k));
-        }
+        for (std::size_t k = first; k < last; k += 4)
+            for (std::size_t u = 0; u < units; ++u) Kind::four(four_of(w, b, k, u * unit), four_of(w, b, k, u * unit + lanes), to(u, k));
         return;
     }
     constexpr std::size_t some = 32;  // columns unpacked at once

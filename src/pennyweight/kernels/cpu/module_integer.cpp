@@ -20,7 +20,6 @@ public:
         require(zero >= -(1 << 17) && zero <= 1 << 17 && factor >= 1 && factor <= 2, "factor or zero of an integer weight is out of range");
         w_ = {codes.data(), rows, cols, bits, group, factor, zero, scale.data(), data_or_null(minimum), data_or_null(column_scale), data_or_null(column_offset),
               nullptr, nullptr, nullptr, nullptr};
-        require(bits != 2 || group % 16 == 0 || w_.groups() <= 1, "an integer weight of 2 bits has groups of a multiple of 16 columns");
         require(codes.shape(0) == w_.blocks() * w_.block_bytes(), "the codes of an integer weight have the wrong size");
         const auto per_group = [&](const Array<float, 3> &a) {
             return a.shape(0) == w_.blocks() && a.shape(1) == w_.groups() && a.shape(2) == pennyweight::block_rows;
