@@ -102,7 +102,7 @@ def test_sentences_say_what_the_numbers_say(tmp_path):
         line for line in conclusions(rates, *results(80, 80)) if line.startswith("Sparsest")
     )
     assert "At the edge" in ahead[-1] and "dense" in ahead[-1]
-    assert compared([file(1, 0, 80)] * 3, [file(1, 0, 80)] * 3).endswith("no difference these seeds can tell")
+    assert compared([file(1, 0, 80)] * 3, [file(1, 0, 80)] * 3).endswith("no difference that these seeds can tell")
     curves, shrunk = results(87.9)
     pages = [table.markdown() for table in tables(rates, curves, shrunk)]
     assert "pWD, p = 0.8, 0.1" in pages[0] and len(pages) == 3

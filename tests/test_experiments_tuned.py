@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from pennyweight.bench.experiments import lawn, psilon, pwd, weight_compander
+from pennyweight.bench.experiments.command_line import REPOSITORY
 from pennyweight.bench.experiments.tuned_training import (
-    REPOSITORY,
     Arm,
     Found,
     at_an_end,
     cached,
     changed,
-    difference,
     run,
     verdict,
     walk,
 )
+from pennyweight.bench.results import paired_difference
 from pennyweight.optim import final_homogeneous
 from pennyweight.training.loop import train
 from pennyweight.training.settings import TrainingRecipe
@@ -182,7 +182,7 @@ def test_changes_reach_into_a_recipe():
 
 
 def test_verdicts_follow_the_differences_seed_by_seed():
-    assert difference([2, 4, 6], [1, 2, 3]) == (2, pytest.approx(3**-0.5))
+    assert paired_difference([2, 4, 6], [1, 2, 3]) == (2, pytest.approx(3**-0.5))
     assert verdict([2, 4, 6], [1, 2, 3]).endswith("better")
     assert verdict([1, 2, 3], [2, 4, 6]).endswith("worse")
     assert verdict([1, 2, 3], [3, 2, 1]).endswith("tell")

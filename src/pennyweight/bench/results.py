@@ -8,6 +8,7 @@ A page holds what was run and what came out, and nothing that changes from run t
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -49,6 +50,21 @@ def mean_and_spread(cell: Cell, digits: int = 1) -> str:
     values = [float(cell)] if isinstance(cell, int | float) else [float(value) for value in cell]
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
+    """Mean of the differences seed by seed, and its standard error: infinite for one seed.
+
+    Raises ValueError unless there are as many of each.
+    """
+    differences = [a - b for a, b in zip(values, reference, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    return statistics.fmean(differences), error
+
+
+def told_apart(mean: float, error: float, ahead: str = "ahead", behind: str = "behind") -> str:
+    """The word for a difference of more than two standard errors, or that there is none."""
+    return ahead if mean > 2 * error else behind if mean < -2 * error else "no difference that these seeds can tell"
 
 
 def versions(packages: Sequence[str] = ("pennyweight", "torch", "numpy", "scipy")) -> str:

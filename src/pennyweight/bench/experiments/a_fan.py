@@ -26,8 +26,9 @@ from ...models.resnet_cifar import ResNet
 from ...training.learning_rate import learning_rate_factor
 from ...training.settings import ScheduleSettings
 from ..results import Table, write_results
+from .command_line import arguments_of
 from .kept import kept
-from .supervised import arguments_of, fashion_mnist_halved, verdict
+from .supervised import fashion_mnist_halved, verdict
 
 COMMAND = "python -m pennyweight.bench.experiments.a_fan"
 SAMPLES, VALIDATION, TESTED = 2_000, 2_000, 1_000
@@ -140,7 +141,7 @@ def conclusions(found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = arguments_of(COMMAND, "a-fan", __doc__, arguments)
+    options = arguments_of(COMMAND, "a-fan.md", __doc__, arguments)
     found: dict[str, list[dict[str, Any]]] = {}
     grid: dict[str, dict[float, float]] = {}
 

@@ -34,8 +34,8 @@ from ...compress.norms import correct_bias, para_normalise
 from ...errors import DataError, require
 from ...layers.activation_quantizer import ActivationQuantizer, attach_input_quantizer
 from ..results import Table, write_results
+from .command_line import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[4]
 COMMAND = "python -m pennyweight.bench.experiments.adaquant"
 CALIBRATION = 256
 BITS = (4, 3, 2)

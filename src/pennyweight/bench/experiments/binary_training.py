@@ -15,18 +15,18 @@ Two experiments share the baselines.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from ...training.settings import DataSettings, ModelSettings, TrainingRecipe
-from ..results import Cell, Table, write_results
+from ..results import Cell, Table, paired_difference, told_apart, write_results
 from . import recipe_runs
+from .command_line import REPOSITORY, arguments_of
 from .rates import at_the_edge, best_rate, tried_rates
-from .recipe_runs import REPOSITORY, Contender, arguments_of, trained
+from .recipe_runs import Contender, trained
 
 #: Learning rates that every row tries, and those that it may come to.
 RATES = (3e-3, 1e-2)
@@ -139,13 +139,11 @@ def _scientific(values: Sequence[float]) -> str:
 
 def compared(outcomes: Mapping[str, Outcome], method: str, baseline: str) -> str:
     """Whether the method is ahead of the baseline, by the differences seed by seed, as a sentence."""
-    differences = [a - b for a, b in zip(outcomes[method].accuracy, outcomes[baseline].accuracy)]
-    mean = fmean(differences)
-    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-    shows = mean > 2 * error
+    own = outcomes[method].accuracy
+    mean, error = paired_difference(own, outcomes[baseline].accuracy)
     return (
-        f"{method} against {baseline}: {mean:+.1f} points, standard error {error:.1f} over {len(differences)} seeds: "
-        + ("ahead." if shows else "behind." if mean < -2 * error else "no difference that these seeds can tell.")
+        f"{method} against {baseline}: {mean:+.1f} points, standard error {error:.1f} over {len(own)} seeds: "
+        f"{told_apart(mean, error)}."
     )
 
 

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from ...errors import DataError
 from ...training.prepare import prepare
 from ..results import Table, write_results
+from .command_line import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[4]
 COMMAND = "python -m pennyweight.bench.experiments.denoise_affine"
 LADDER = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 STEPS, BATCH, CONTEXT, FEATURES, DEPTH, HEADS, BLOCK = 200, 16, 32, 64, 2, 2, 64

@@ -25,8 +25,9 @@ from ...training.hooks import attach
 from ...training.learning_rate import learning_rate_factor
 from ...training.settings import ScheduleSettings
 from ..results import Table, write_results
+from .command_line import arguments_of
 from .kept import kept
-from .supervised import arguments_of, fashion_mnist_halved, verdict
+from .supervised import fashion_mnist_halved, verdict
 
 COMMAND = "python -m pennyweight.bench.experiments.eman"
 LABELS, UNLABELLED, VALIDATION = 100, 20_000, 2_000
@@ -166,7 +167,7 @@ def conclusions(found: Runs) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = arguments_of(COMMAND, "eman", __doc__, arguments, seeds=5)
+    options = arguments_of(COMMAND, "eman.md", __doc__, arguments, seeds=5)
     data = {seed: load(seed) for seed in options.seeds}
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     grid: dict[tuple[str, str], dict[float, float]] = {}

@@ -32,12 +32,11 @@ from ...optim import final_homogeneous
 from ...training.data import Split, load_data
 from ...training.settings import DataSettings, TrainingRecipe
 from ..results import Table, write_results
+from .command_line import REPOSITORY, arguments_of
 from .tuned_training import (
-    REPOSITORY,
     Arm,
     Found,
     Measure,
-    arguments_of,
     at_an_end,
     cached,
     changed,

@@ -25,8 +25,9 @@ from ...layers.residual_scaling import scale_residuals
 from ...models.resnet_cifar import ResNet
 from ...training.settings import TrainingRecipe
 from ..results import Table, write_results
-from .recipe_runs import REPOSITORY, Contender
-from .supervised import Row, accuracy_cell, arguments_of, at_the_edge, loss_cell, measure, rates_table, verdict
+from .command_line import REPOSITORY, arguments_of
+from .recipe_runs import Contender
+from .supervised import Row, accuracy_cell, at_the_edge, loss_cell, measure, rates_table, verdict
 
 COMMAND = "python -m pennyweight.bench.experiments.mimicnorm"
 RECIPE = REPOSITORY / "recipes" / "mimicnorm.yaml"
@@ -101,7 +102,7 @@ def conclusions(found: Mapping[str, Row], seconds: Mapping[str, float], memory: 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = arguments_of(COMMAND, "mimicnorm", __doc__, arguments)
+    options = arguments_of(COMMAND, "mimicnorm.md", __doc__, arguments)
     recipe = TrainingRecipe.load(RECIPE)
     found: dict[str, Row] = {}
     for name, norms in ROWS.items():

@@ -44,9 +44,9 @@ from ...training.prepare import prepare
 from ...training.schedule import Schedule
 from ..results import Table, write_results
 from .adaquant import fashion_mnist
+from .command_line import REPOSITORY
 from .rates import at_the_edge, best_rate, tried_rates
 
-REPOSITORY = Path(__file__).parents[4]
 COMMAND = "python -m pennyweight.bench.experiments.ofq"
 TRAIN, VALIDATION, TEST = 10_000, 2_000, 10_000
 REAL_STEPS, STEPS, BATCH = 1000, 1000, 32

@@ -32,9 +32,9 @@ from ...training.learning_rate import learning_rate_factor
 from ...training.randomness import derived_seed
 from ...training.settings import TrainingRecipe
 from ..results import Table, write_results
+from .command_line import REPOSITORY
 from .kept import kept
 
-REPOSITORY = Path(__file__).parents[4]
 COMMAND = "python -m pennyweight.bench.experiments.parallel_nn"
 RECIPE = REPOSITORY / "recipes" / "parallel-nn.yaml"
 NOISE = 0.2

@@ -31,8 +31,9 @@ from ...training.settings import TrainingRecipe
 from ...weights.psilon import near_sparsity
 from ..results import Table, write_results
 from .adaquant import digits
+from .command_line import REPOSITORY, arguments_of
 from .pwd import BEFORE_PRUNING, MagnitudePruned
-from .tuned_training import REPOSITORY, Arm, Found, arguments_of, at_an_end, cached, changed, run, shown, verdict, walk
+from .tuned_training import Arm, Found, at_an_end, cached, changed, run, shown, verdict, walk
 
 COMMAND = "python -m pennyweight.bench.experiments.psilon"
 RECIPE = REPOSITORY / "recipes" / "psilon.yaml"

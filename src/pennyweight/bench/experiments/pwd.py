@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from ...training.building import make_model
 from ...training.settings import ModelSettings, TrainingRecipe
 from ..results import Table, mean_and_spread, write_results
+from .command_line import REPOSITORY, arguments_of
 from .denoise_affine import load_text
 from .lawn import TRAIN as SMALL_IMAGES
-from .tuned_training import REPOSITORY, Measure, arguments_of, cached, changed, drawing, run, save_figure, verdict
+from .tuned_training import Measure, cached, changed, drawing, run, save_figure, verdict
 
 COMMAND = "python -m pennyweight.bench.experiments.pwd"
 RECIPE = REPOSITORY / "recipes" / "pwd.yaml"

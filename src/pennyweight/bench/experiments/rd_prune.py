@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ...compress.rd_prune import GRID, choose_amounts, magnitude_mask, model_curves, output_distortion, prunable
 from ...errors import DataError
 from ..results import Table, write_results
+from .command_line import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[4]
 COMMAND = "python -m pennyweight.bench.experiments.rd_prune"
 SPARSITIES = (0.8, 0.9, 0.95)
 TRAIN, EPOCHS, BATCH, CALIBRATION = 10_000, 10, 100, 512

@@ -6,7 +6,6 @@ stopped, and experiments share the runs they have in common.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -22,8 +21,6 @@ from ...progress import progress_bars
 from ...training.data import Split, TrainingData, load_data
 from ...training.loop import REPORT, train
 from ...training.settings import DataSettings, TrainingRecipe
-
-REPOSITORY = Path(__file__).parents[4]
 
 
 @cache
@@ -71,16 +68,3 @@ def trained(recipe: TrainingRecipe, name: str) -> dict[str, Any]:
     with progress_bars() as progress:
         label = f"{name}, lr {recipe.optimizer.lr:g}, seed {recipe.seed}"
         return train(recipe, resume=True, progress=lambda _, done, total: progress(label, done, total)).report
-
-
-def arguments_of(
-    command: str, page: str, doc: str | None, arguments: Sequence[str] | None, seeds: int = 3
-) -> argparse.Namespace:
-    """--out, --runs and --seeds of an experiment; seeds: how many by default."""
-    parser = argparse.ArgumentParser(prog=command, description=(doc or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results" / page)
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / "out" / "experiments", help="where runs are kept")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=list(range(seeds)), help="the first one chooses the rate"
-    )
-    return parser.parse_args(arguments)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ArtifactError
+from .command_line import REPOSITORY
 
 COMMAND = "python -m pennyweight.bench.experiments.regularisers"
-REPOSITORY = Path(__file__).parents[4]
 HEADING = "## What the numbers say"
 
 

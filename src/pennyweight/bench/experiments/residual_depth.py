@@ -21,11 +21,11 @@ from ...layers.residual_scaling import Scale, residual_scale, scale_residuals
 from ...training.randomness import derived_seed
 from ...training.settings import TrainingRecipe
 from ..results import Cell, Table, write_results
-from .recipe_runs import REPOSITORY, Contender
+from .command_line import REPOSITORY, arguments_of
+from .recipe_runs import Contender
 from .supervised import (
     Row,
     accuracy_cell,
-    arguments_of,
     at_the_edge,
     loss_cell,
     measure,
@@ -107,7 +107,7 @@ def conclusions(found: Found) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = arguments_of(COMMAND, "residual-depth", __doc__, arguments)
+    options = arguments_of(COMMAND, "residual-depth.md", __doc__, arguments)
     recipe = TrainingRecipe.load(RECIPE)
     found: dict[int, dict[str, Row]] = {}
     for blocks in DEPTHS:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -46,8 +45,9 @@ from ...training.data import Split, TrainingData, load_data
 from ...training.metrics import replacing
 from ...training.settings import ModelSettings, TrainingRecipe
 from ...training.trained import calibration
-from ..results import Table, write_results
-from .recipe_runs import REPOSITORY, Contender, arguments_of, trained
+from ..results import Table, paired_difference, told_apart, write_results
+from .command_line import REPOSITORY, arguments_of
+from .recipe_runs import Contender, trained
 
 COMMAND = "python -m pennyweight.bench.experiments.sparse_training"
 RECIPE = REPOSITORY / "recipes" / "sparse-training.yaml"
@@ -278,11 +278,8 @@ def best_within(curves: Curves, contender: str, size: int) -> list[File] | None:
 
 def compared(a: Sequence[File], b: Sequence[File]) -> str:
     """ "+0.8 points, standard error 0.2: ahead", of test accuracy, seed by seed."""
-    differences = [x.test - y.test for x, y in zip(a, b)]
-    mean = fmean(differences)
-    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-    verdict = "ahead" if mean > 2 * error else "behind" if mean < -2 * error else "no difference these seeds can tell"
-    return f"{mean:+.1f} points, standard error {error:.1f}: {verdict}"
+    mean, error = paired_difference([x.test for x in a], [y.test for y in b])
+    return f"{mean:+.1f} points, standard error {error:.1f}: {told_apart(mean, error)}"
 
 
 def conclusions(rates: Mapping[str, float], curves: Curves, shrunk: Mapping[str, Sequence[File]]) -> list[str]:

@@ -7,7 +7,6 @@ no part in the choice. A run whose loss is no longer finite has diverged, and co
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 import sys
@@ -15,18 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
-
-import torch
 
 from ...errors import DataError
 from ...training.data import Split, load_data
 from ...training.loop import train
 from ...training.settings import DataSettings, TrainingRecipe
-from ..results import Cell, Table
+from ..results import Cell, Table, paired_difference, told_apart
 from .kept import kept
-from .recipe_runs import REPOSITORY, Contender, halved
+from .recipe_runs import Contender, halved
 
 
 @cache
@@ -87,18 +83,6 @@ def measure(contender: Contender, seeds: Sequence[int], runs: Path, classes: int
     )
 
 
-def arguments_of(
-    command: str, page: str, doc: str | None, arguments: Sequence[str] | None, seeds: int = 3
-) -> argparse.Namespace:
-    """--out, --runs and --seeds of an experiment. Sets torch to one thread."""
-    parser = argparse.ArgumentParser(prog=command, description=(doc or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results" / f"{page}.md")
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / "out" / page, help="where runs are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(seeds)], help="the first one chooses the rate")
-    torch.set_num_threads(1)
-    return parser.parse_args(arguments)
-
-
 def accuracy_cell(row: Row) -> Cell:
     return f"diverged in {row.diverged} of {len(row.accuracy)}" if row.diverged else row.accuracy
 
@@ -122,18 +106,10 @@ def rates_table(rows: Mapping[str, Row]) -> Table:
     )
 
 
-def difference(ahead: Sequence[float], behind: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the differences, seed by seed."""
-    differences = [a - b for a, b in zip(ahead, behind)]
-    return fmean(differences), stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-
-
 def verdict(ahead: Sequence[float], behind: Sequence[float]) -> str:
     """ "+1.3 points, standard error 0.2: ahead" and the like, of accuracies in percent."""
-    mean, error = difference(ahead, behind)
-    return f"{mean:+.1f} points, standard error {error:.1f}: " + (
-        "ahead" if mean > 2 * error else "behind" if mean < -2 * error else "no difference that these seeds can tell"
-    )
+    mean, error = paired_difference(ahead, behind)
+    return f"{mean:+.1f} points, standard error {error:.1f}: {told_apart(mean, error)}"
 
 
 def at_the_edge(rows: Mapping[str, Row]) -> list[str]:

@@ -12,14 +12,12 @@ starts it would stay at the nearest of several hills, such as that of a small de
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -38,9 +36,9 @@ from ...training.prepare import prepare
 from ...training.randomness import derived_seed, generator
 from ...training.schedule import Schedule
 from ...training.settings import TrainingRecipe
+from ..results import paired_difference, told_apart
 from .kept import kept
 
-REPOSITORY = Path(__file__).parents[4]
 _NEEDED = ("model", "data", "batch")
 _CALIBRATION, _EVALUATION_BATCH = 256, 512
 
@@ -230,41 +228,11 @@ def shown(settings: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in settings.items())
 
 
-def difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
-    """Mean of the differences seed by seed, and its standard error."""
-    differences = [a - b for a, b in zip(values, reference, strict=True)]
-    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-    return fmean(differences), error
-
-
 def verdict(values: Sequence[float], reference: Sequence[float], unit: str = "points") -> str:
     """ "+0.8 points, standard error 0.1 over 5 seeds: better" and the like; greater values are better."""
-    mean, error = difference(values, reference)
-    word = "better" if mean > 2 * error else "worse" if mean < -2 * error else "no difference that these seeds can tell"
+    mean, error = paired_difference(values, reference)
+    word = told_apart(mean, error, "better", "worse")
     return f"{mean:+.2g} {unit}, standard error {error:.1g} over {len(values)} seeds: {word}"
-
-
-def arguments_of(
-    command: str,
-    page: str,
-    doc: str | None,
-    arguments: Sequence[str] | None,
-    seeds: int,
-    tasks: Sequence[str] = (),
-) -> argparse.Namespace:
-    """--out, --runs and --seeds of an experiment, and --tasks where it has several to choose from; `command` for the
-    page."""
-    parser = argparse.ArgumentParser(prog=command, description=(doc or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results" / page)
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / "out" / "experiments", help="where results are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(seeds)), help="the first chooses settings")
-    if tasks:
-        parser.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks), help="of the page")
-    options = parser.parse_args(arguments)
-    some = bool(tasks) and options.tasks != list(tasks)
-    options.command = f"{command} --tasks {' '.join(options.tasks)}" if some else command
-    torch.set_num_threads(1)
-    return options
 
 
 def drawing(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:

@@ -23,20 +23,8 @@ from ...training.data import load_data
 from ...training.fold import fold
 from ...training.settings import TrainingRecipe
 from ..results import Table, write_results
-from .tuned_training import (
-    REPOSITORY,
-    Arm,
-    Found,
-    arguments_of,
-    at_an_end,
-    cached,
-    changed,
-    run,
-    score,
-    shown,
-    verdict,
-    walk,
-)
+from .command_line import REPOSITORY, arguments_of
+from .tuned_training import Arm, Found, at_an_end, cached, changed, run, score, shown, verdict, walk
 
 COMMAND = "python -m pennyweight.bench.experiments.weight_compander"
 RECIPE = REPOSITORY / "recipes" / "weight-compander.yaml"

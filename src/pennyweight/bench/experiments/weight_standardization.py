@@ -22,8 +22,9 @@ from ...layers.norm_free import replace
 from ...models.resnet_cifar import ResNet
 from ...training.settings import TrainingRecipe
 from ..results import Table, write_results
-from .recipe_runs import REPOSITORY, Contender
-from .supervised import Row, accuracy_cell, arguments_of, at_the_edge, loss_cell, measure, rates_table, verdict
+from .command_line import REPOSITORY, arguments_of
+from .recipe_runs import Contender
+from .supervised import Row, accuracy_cell, at_the_edge, loss_cell, measure, rates_table, verdict
 
 COMMAND = "python -m pennyweight.bench.experiments.weight_standardization"
 RECIPE = REPOSITORY / "recipes" / "batch-channel-norm.yaml"
@@ -81,7 +82,7 @@ def conclusions(found: Mapping[tuple[str, int], Row]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = arguments_of(COMMAND, "weight-standardization", __doc__, arguments)
+    options = arguments_of(COMMAND, "weight-standardization.md", __doc__, arguments)
     cells = [*((name, SMALL) for name in ROWS), ("BN", LARGE)]
     found = {cell: measure(contender(*cell), options.seeds, options.runs) for cell in cells}
     recipe = contender("BN", SMALL).recipe
