@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from pennyweight.bench.experiments import lawn, psilon, pwd, weight_compander
+from pennyweight.bench.experiments import lawn, psilon, pwd, pwd_tasks, weight_compander
 from pennyweight.bench.experiments.command_line import REPOSITORY
+from pennyweight.bench.experiments.denoise_affine import Text
+from pennyweight.bench.experiments.pwd_tasks import TASKS
 from pennyweight.bench.experiments.tuned_training import (
     Arm,
     Found,
@@ -210,6 +212,19 @@ def test_ratings_are_classes_of_one_size_that_pairs_decide_but_for_noise():
     assert float(means.std()) > 0.3  # an item of noise alone would spread by 1.4 / sqrt(60)
 
 
+def test_a_window_of_the_text_is_followed_by_itself_moved_on_by_one(monkeypatch):
+    ids = torch.arange(5000)
+    monkeypatch.setattr(pwd_tasks, "load_text", lambda: Text(ids[:4000], ids[4000:4500], ids[4500:], 5000))
+    monkeypatch.setattr(pwd_tasks, "characters", pwd_tasks.characters.__wrapped__)
+    parts = pwd_tasks.characters()
+    for inputs, targets in parts.values():
+        assert torch.equal(inputs[:, 1:], targets[:, :-1]) and torch.equal(inputs[:, -1] + 1, targets[:, -1])
+    assert int(parts["train"][1].max()) == 3999 and 4500 <= int(parts["test"][0].min())
+    assert len(parts["train"][0]) == pwd_tasks.TRAIN + pwd_tasks.VALIDATION
+    model = pwd_tasks.character_transformer()
+    assert model(parts["train"][0][:2]).shape == (2, pwd_tasks.CONTEXT, 5000)
+
+
 def test_friedmans_function_is_what_the_page_says():
     (x, y), _ = psilon.friedman()["train"], None
     u = x.double() / 12**0.5 + 0.5
@@ -272,7 +287,7 @@ def test_the_page_of_pwd_says_what_its_runs_say():
         return pwd.Point((0.1, 1e-3), [{"test": test + i, "validation": test, "zeros": zeros} for i in (0, 0.1)])
 
     results = {pwd.ADAMW: {0.0: point(85, 0.0)}, pwd.PRUNED: {level: point(82, level) for level in pwd.LEVELS}}
-    for p in pwd.EXPONENTS:
+    for p in TASKS["images"].exponents:
         reached = {level: point(84.5 - p, level) for level in pwd.LEVELS} if p < 1 else {}
         results[f"p = {p:g}"] = {0.0: point(86 - abs(p - 1.5), 0.0), **reached}
     lines = pwd.conclusions("images", results)
@@ -334,7 +349,7 @@ def test_shares_of_zeros_take_the_settings_that_reach_them_with_the_best_validat
         return {"zeros": zeros, "validation": 90 - 20 * zeros - abs(optimizer.lr - 3e-3), "test": 80.0}
 
     base = changed(TrainingRecipe.load(REPOSITORY / "recipes" / "pwd.yaml"), {"output": ""})
-    results = pwd.compare(pwd.TASKS["images"], base, 8192, measure, [0, 1])
+    results = pwd.compare(TASKS["images"], base, measure, [0, 1])
     chosen = {level: point.settings for level, point in results["p = 0.8"].items()}
     assert chosen == {0.0: (pwd.DECAYS[0], 3e-3), 0.5: (0.3, 3e-3), 0.8: (0.3, 3e-3), 0.9: (0.3, 3e-3)}
     assert set(results[pwd.PRUNED]) == set(pwd.LEVELS)

@@ -1,23 +1,21 @@
 """Weight decay for any p norm: sparsity against accuracy, beside AdamW with magnitude pruning and fine-tuning.
 
-    python -m pennyweight.bench.experiments.pwd        (about ten minutes on one core; goes on where it stopped)
+    python -m pennyweight.bench.experiments.pwd        (about three hours on one core; goes on where it stopped)
 
-1. Images: Fashion-MNIST at 14 x 14 pixels by an MLP, as in lawn.py.
-2. Characters: the next character of Tiny Shakespeare from the ten before it by an MLP; quality in bits per character.
-
-Every p is trained with every decay and learning rate of one grid, as recipes/pwd.yaml has it, with the first seed. For
-each share of exact zeros (`LEVELS`) the settings with the best validation score that reach it are the ones that all
-seeds are trained with. AdamW has a grid of as many settings. Magnitude pruning trains as many steps in all: AdamW with
-its best decay for 60 % of them, then the smallest weights of all matrices together, or of each, are cut, and what is
-left is fine-tuned with a learning rate that starts anew; it tries both with every learning rate at every share. Data:
-PENNYWEIGHT_DATA, default ../shared/data beside the repository.
+What is learnt, and by which networks, is in pwd_tasks.py; --tasks takes some of them. Every p is trained with every
+decay and learning rate of one grid, as recipes/pwd.yaml has it, with the first seed. For each share of exact zeros
+(`LEVELS`) the settings with the best validation score that reach it are the ones that all seeds are trained with. AdamW
+has a grid of as many settings. Magnitude pruning trains as many steps in all: AdamW with its best decay for 60 % of
+them, then the smallest weights of all matrices together, or of each, are cut, and what is left is fine-tuned with a
+learning rate that starts anew; it tries both with every learning rate at every share. Data: PENNYWEIGHT_DATA, default
+../shared/data beside the repository.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -30,80 +28,17 @@ from ...training.building import make_model
 from ...training.settings import ModelSettings, TrainingRecipe
 from ..results import Table, mean_and_spread, write_results
 from .command_line import REPOSITORY, arguments_of
-from .denoise_affine import load_text
-from .lawn import TRAIN as SMALL_IMAGES
+from .pwd_tasks import TASKS, Task
 from .tuned_training import Measure, cached, changed, drawing, run, save_figure, verdict
 
 COMMAND = "python -m pennyweight.bench.experiments.pwd"
 RECIPE = REPOSITORY / "recipes" / "pwd.yaml"
-EXPONENTS = (0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
 DECAYS = (0.03, 0.1, 0.3)
 ADAMW_DECAYS = (0.0, 0.1, 1.0)
 LEVELS = (0.5, 0.8, 0.9)
 #: Of the steps, for training before magnitude pruning.
 BEFORE_PRUNING = 0.6
-#: Of the text: places to predict from, and the sizes of the network.
-TRAIN, VALIDATION, TEST = 81920, 16384, 16384
-CONTEXT, FEATURES, HIDDEN = 10, 16, 128
 ADAMW, PRUNED = "AdamW", "AdamW, pruned"
-
-
-class Task(NamedTuple):
-    """changes: of the recipe. rates: learning rates tried. quality: what is measured; near: how much of it counts as
-    little. data: for the page."""
-
-    changes: dict[str, Any]
-    rates: Sequence[float]
-    quality: str
-    near: float
-    data: str
-
-
-TASKS: dict[str, Task] = {
-    "images": Task(
-        {},
-        (3e-3, 1e-2),
-        "test accuracy in percent",
-        1.0,
-        f"Images: Fashion-MNIST at 14 x 14, {SMALL_IMAGES:,} to train on, 5,000 test images; MLP of 43,000 weights.",
-    ),
-    "characters": Task(
-        {
-            "model.name": f"{__package__}.pwd:character_mlp",
-            "data.name": f"{__package__}.pwd:characters",
-            "data.validation": VALIDATION,
-            "batch": 256,
-            "epochs": 1.0,
-        },
-        (3e-3, 1e-2),
-        "bits per character of the test text",
-        0.05,
-        f"Characters: Tiny Shakespeare, {TRAIN:,} places of its first 80 %, {TEST:,} of its last 10 % to test; MLP of "
-        f"30,000 weights on {CONTEXT} characters.",
-    ),
-}
-
-
-def character_mlp() -> nn.Sequential:
-    """The ids of the latest characters int64 [batch, CONTEXT] -> logits of the next one (Bengio et al., 2003)."""
-    vocabulary = load_text().vocabulary
-    embedding = nn.Embedding(vocabulary, FEATURES)
-    nn.init.normal_(embedding.weight, std=FEATURES**-0.5)  # about as large as the other weights
-    first, last = nn.Linear(CONTEXT * FEATURES, HIDDEN), nn.Linear(HIDDEN, vocabulary)
-    return nn.Sequential(embedding, nn.Flatten(), first, nn.ReLU(), last)
-
-
-@cache
-def characters() -> dict[str, tuple[Tensor, Tensor]]:
-    """Places spread evenly over Tiny Shakespeare: the characters before, and the one that follows."""
-    text = load_text()
-    return {"train": _places(text.train, TRAIN + VALIDATION), "test": _places(text.test, TEST)}
-
-
-def _places(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    starts = torch.linspace(0, len(ids) - CONTEXT - 1, count).long()
-    rows = ids[starts[:, None] + torch.arange(CONTEXT + 1)]
-    return rows[:, :-1], rows[:, -1]
 
 
 class MagnitudePruned(nn.Module):
@@ -153,7 +88,7 @@ def measured(recipe: TrainingRecipe) -> dict[str, Any]:
     trained = run(recipe)
     weights = matrices(trained.model)
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    bits = recipe.data.name.endswith("characters")
+    bits = recipe.data.name.endswith(":characters")
     scores = {
         part: -found["loss"] / math.log(2) if bits else found["accuracy"]
         for part, found in (("validation", trained.validation), ("test", trained.test))
@@ -202,9 +137,7 @@ class Point(NamedTuple):
         return [run[key] for run in self.runs]
 
 
-def compare(
-    task: Task, base: TrainingRecipe, samples: int, measure: Measure, seeds: Sequence[int]
-) -> dict[str, dict[float, Point]]:
+def compare(task: Task, base: TrainingRecipe, measure: Measure, seeds: Sequence[int]) -> dict[str, dict[float, Point]]:
     """Contender -> share of zeros asked for (0: none) -> point; shares that no setting reaches are left out."""
     found: dict[str, dict[float, Point]] = {}
 
@@ -219,14 +152,14 @@ def compare(
     dense = best(partial(adamw, base), product(ADAMW_DECAYS, task.rates), 0.0)
     assert dense is not None
     found[ADAMW] = {0.0: dense}
-    for p in EXPONENTS:
+    for p in task.exponents:
         points = {
             level: best(partial(decayed, base, p), product(DECAYS, task.rates), level) for level in (0.0, *LEVELS)
         }
         found[f"p = {p:g}"] = {level: point for level, point in points.items() if point is not None}
     found[PRUNED] = {}
     for level in LEVELS:
-        recipe = partial(pruned, base, samples, level, dense.settings[0])
+        recipe = partial(pruned, base, task.samples, level, dense.settings[0])
         point = best(recipe, product((False, True), task.rates), 0.0)
         assert point is not None
         found[PRUNED][level] = point
@@ -244,8 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.tasks:
         task = TASKS[name]
         base = changed(recipe, task.changes)
-        samples = {"images": SMALL_IMAGES, "characters": TRAIN}[name]
-        found[name] = compare(task, base, samples, measure, options.seeds)
+        found[name] = compare(task, base, measure, options.seeds)
     draw(found, options.out.with_suffix(".svg"))
     write_results(
         options.out,
@@ -338,8 +270,8 @@ def conclusions(name: str, found: Results) -> list[str]:
     lines.append(
         f"{name}: of the decays {least} is the sparsest there, {'as' if below else 'not as'} the paper has it (p < 1)."
     )
-    smooth = [p for p in EXPONENTS if p > 1]
-    zeros = max(max(point.values("zeros")) for p in smooth for point in found[f"p = {p:g}"].values())
+    smooth = [points for contender, points in decayed_ones.items() if float(contender.removeprefix("p = ")) > 1]
+    zeros = max(max(point.values("zeros")) for points in smooth for point in points.values())
     ends = {
         contender: sum(point.settings[-1] == task.rates[-1] for point in points.values())
         for contender, points in found.items()
