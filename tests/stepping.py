@@ -1,4 +1,4 @@
-"""What tests of optimizers share: a short training, and two things that hold for every optimizer."""
+"""What tests of optimizers share: a short training, and three things that hold for every optimizer."""
 
 from __future__ import annotations
 
@@ -48,6 +48,21 @@ def closure_is_the_step(network: Callable[[], nn.Module], make: Make) -> tuple[n
         other.step()
     assert same(left, right)
     return left, one
+
+
+def compiled_is_eager(network: Callable[[], nn.Module], make: Make) -> None:
+    """A compiled step does what the step does, across three steps."""
+    left, right = network(), network()
+    one, other = make(left), make(right)
+    step = torch.compile(one.step, backend="eager")
+    for _ in range(3):
+        for model in (left, right):
+            model.zero_grad()
+            model(torch.ones(2, 6)).square().mean().backward()
+        step()
+        other.step()
+    for a, b in zip(left.parameters(), right.parameters()):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def resume_is_exact(network: Callable[[], nn.Module], make: Make, cut: int) -> None:

@@ -17,7 +17,7 @@ from pennyweight.optim import LAMB, LAWN, final_homogeneous
 from pennyweight.training.building import make_optimizer
 from pennyweight.training.loop import train as train_recipe
 from pennyweight.training.settings import OptimizerSettings, TrainingRecipe
-from stepping import closure_is_the_step, resume_is_exact, same, train
+from stepping import closure_is_the_step, compiled_is_eager, resume_is_exact, same, train
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -358,17 +358,7 @@ def test_scaler():
 
 
 def test_compiled_step():
-    left, right = network(), network()
-    one, other = (LAWN(SGD(m.parameters(), lr=0.1), m, ["4.weight"]) for m in (left, right))
-    step = torch.compile(one.step, backend="eager")
-    for _ in range(3):
-        for model in (left, right):
-            model.zero_grad()
-            model(torch.ones(2, 6)).square().sum().backward()
-        step()
-        other.step()
-    for a, b in zip(left.parameters(), right.parameters()):
-        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+    compiled_is_eager(network, lambda model: LAWN(SGD(model.parameters(), lr=0.1), model, ["4.weight"]))
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes

@@ -22,7 +22,7 @@ from pennyweight.optim import LAMB, PSGD, PAdamW, PNormDecay
 from pennyweight.optim.p_norm import exponent_at
 from pennyweight.training.building import make_optimizer
 from pennyweight.training.settings import OptimizerSettings, TrainingRecipe
-from stepping import closure_is_the_step, resume_is_exact, same, train
+from stepping import closure_is_the_step, compiled_is_eager, resume_is_exact, same, train
 
 
 def weight(*values: float, dtype: torch.dtype = torch.float64) -> nn.Parameter:
@@ -491,17 +491,7 @@ def test_skipped_steps_do_not_decay(make):
     ],
 )
 def test_compiled_step(make):
-    left, right = network(), network()
-    one, other = make(left.parameters()), make(right.parameters())
-    step = torch.compile(one.step, backend="eager")
-    for _ in range(2):
-        for model in (left, right):
-            model.zero_grad()
-            model(torch.ones(2, 6)).square().sum().backward()
-        step()
-        other.step()
-    for a, b in zip(left.parameters(), right.parameters()):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    compiled_is_eager(network, lambda model: make(model.parameters()))
 
 
 def test_schedulers_reach_the_rate():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from .compress.data import Call, output_tensor, per_sample
 from .compress.folding import fold_batch_norm
 from .compress.observe import evaluating
 from .errors import PlanError
+from .layers.chain import chain_of
 from .layers.packed import PackedModule
 from .layers.psilon_block import CReLU, PSiLONBlock
 from .layers.quantised import QuantisedLayer
@@ -64,20 +64,6 @@ def lipschitz_bound(model: nn.Module, example: Call | None = None) -> float:
         fold_batch_norm(model, example)
         layers = list(chain_of(model))
     return math.prod(map(_bound_of, layers))
-
-
-def chain_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a network that applies them one after the other. Raises `PlanError` on any other."""
-    children = list(module.children())
-    if isinstance(module, nn.Linear | _ConvNd | PSiLONBlock) or not children:
-        yield module
-    elif isinstance(module, nn.Sequential):
-        for child in children:
-            yield from chain_of(child)
-    elif len(children) == 1 and isinstance(children[0], nn.Sequential) and not list(module.parameters(recurse=False)):
-        yield from chain_of(children[0])
-    else:
-        raise PlanError(f"a {type(module).__name__} is no step of a chain of layers")
 
 
 def _bound_of(layer: Any) -> float:

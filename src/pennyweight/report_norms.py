@@ -31,11 +31,12 @@ from .compress.data import Call, calls, output_tensor
 from .compress.folding import fold_batch_norm
 from .compress.observe import evaluating
 from .errors import DataError, PlanError
+from .layers.chain import chain_of
 from .layers.packed import packed_weights
 from .layers.psilon_block import PSiLONBlock
 from .layers.quantised import weight_chain
 from .layers.sites import weight_sites
-from .lipschitz import chain_of, jacobian_norm, lipschitz_bound
+from .lipschitz import jacobian_norm, lipschitz_bound
 from .losses.path_norm import path_norm, path_norm_by_forward
 from .training.fold import plain
 

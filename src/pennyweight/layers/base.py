@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -53,7 +54,7 @@ class LayerTransform(nn.Module):
         return None
 
 
-class Replacement(nn.Module):
+class Replacement(nn.Module, ABC):
     """A module that takes the place of one of a certain form, registered under `acts_on="layers"`.
 
     replaced: names of that module's layers that are no more; its others are shared. form: what `fits` asks for.
@@ -64,17 +65,17 @@ class Replacement(nn.Module):
     made_from: dict[str, Any] | None = None  # the recipe's entry, from which a stored model makes it again
 
     @classmethod
+    @abstractmethod
     def fits(cls, module: Any) -> bool:
         """Whether it can take the module's place."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def of(cls, entry: Mapping[str, Any], module: Any, weight_quantizer: Any = None) -> Self:
         """As an entry {method: name, option: value, ...} describes it, with a weight transform if it can use one.
 
         Raises `UnknownNameError` and `PlanError` on methods and options there are not, and modules that do not fit.
         """
-        raise NotImplementedError
 
     def quantizers(self) -> list[LayerTransform]:
         """Of its activations; each gets its input by a call."""

@@ -19,6 +19,7 @@ whose batch norm became `Thresholds` yields nothing else.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from .base import LayerTransform, Replacement, SignInput, make_layer_transform, 
 from .packed import PackedModule
 
 
-class QuantisedLayer(nn.Module):
+class QuantisedLayer(nn.Module, ABC):
     """What quantised twins share. Made by `quantise`, never by its constructor.
 
     input_quantizer, output_transform: a `LayerTransform` or None. step_hook: what acts on the weight around the
@@ -57,13 +58,13 @@ class QuantisedLayer(nn.Module):
     _channel_axis: int  # of inputs and outputs, from the end
     _words: Tensor | None  # the weight's packed signs, made when first used
 
+    @abstractmethod
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer without its bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product_of_signs(self, x: Tensor, epilogue: binary.Epilogue) -> Tensor:
         """The same for an input of real numbers or packed signs, by the kernels, as they return it but for its axes."""
-        raise NotImplementedError
 
     def weight_factors(self) -> tuple[Tensor, Tensor | None]:
         """(codes, scale [outputs] or None) of the weight."""

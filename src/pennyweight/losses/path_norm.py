@@ -18,7 +18,7 @@ The gradient of |g| at a length of exactly 0 is 0: a closed block feels no penal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -27,12 +27,14 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from ..errors import PlanError
+from ..layers.chain import chain_of
 from ..layers.norm_free import NORMS
 from ..layers.psilon_block import CReLU, PSiLONBlock, l1_norm_of
 from ..registry import register
 from .base import Penalty
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.Tanh, nn.Identity, nn.Dropout, nn.Flatten)
+_OTHERS = "use path_norm_by_forward"
 
 
 def path_norm(model: nn.Module, *, improved: bool = True) -> Tensor:
@@ -42,10 +44,7 @@ def path_norm(model: nn.Module, *, improved: bool = True) -> Tensor:
     activations with slope at most 1 that map 0 to 0. improved: count the larger half of a CReLU instead of both.
     Raises `PlanError` on other modules; `path_norm_by_forward` takes any ReLU network.
     """
-    layers = [layer for layer in _layers(model) if not isinstance(layer, _ACTIVATIONS)]
-    linear = [layer.linear if isinstance(layer, PSiLONBlock) else layer for layer in layers]
-    if not any(isinstance(layer, nn.Linear) for layer in linear):
-        raise PlanError(f"{type(model).__name__} has no Linear layer; there are no paths")
+    layers = [layer for layer in chain_of(model, _OTHERS) if not isinstance(layer, _ACTIVATIONS)]
     u: Tensor | None = None  # None: 1 at every input
     halves, outputs = False, 0
     for layer in layers:
@@ -56,7 +55,10 @@ def path_norm(model: nn.Module, *, improved: bool = True) -> Tensor:
             u, outputs = through + (1.0 if u is None else u), layer.linear.out_features
         elif isinstance(layer, nn.Linear):
             u, outputs, halves = _times(layer, u, halves, improved), layer.out_features, False
-    assert u is not None  # there is a layer
+        else:
+            raise PlanError(f"a {type(layer).__name__} is no step of a chain of linear layers; {_OTHERS}")
+    if u is None:
+        raise PlanError(f"{type(model).__name__} has no Linear layer; there are no paths")
     return u.expand(outputs).sum()
 
 
@@ -96,19 +98,6 @@ class PathNormPenalty(Penalty):
         if self.input_shape is None:
             return path_norm(model, improved=self.improved)
         return path_norm_by_forward(model, next(model.parameters()).new_ones(1, *self.input_shape))
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    children = list(module.children())
-    if isinstance(module, (nn.Linear, PSiLONBlock, CReLU, *_ACTIVATIONS)):
-        yield module
-    elif isinstance(module, nn.Sequential):
-        for child in children:
-            yield from _layers(child)
-    elif len(children) == 1 and isinstance(children[0], nn.Sequential) and not list(module.parameters(recurse=False)):
-        yield from _layers(children[0])
-    else:
-        raise PlanError(f"a {type(module).__name__} is no step of a chain of layers; use path_norm_by_forward")
 
 
 def _times(layer: nn.Linear, u: Tensor | None, halves: bool, improved: bool) -> Tensor:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from ..errors import PlanError
 from ..registry import register
+from .wrapper import evaluated
 
 
 @register("lamb", acts_on="optim", paper="1904.00962", description="Adam scaled to each weight's norm, large batches")
@@ -49,10 +50,7 @@ class LAMB(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Returns the closure's value, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for weight in group["params"]:

@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 from ..errors import PlanError, warn
 from ..registry import register
 from .homogeneous import homogeneous_weights, logits_of
-from .wrapper import OptimizerWrapper
+from .wrapper import OptimizerWrapper, evaluated
 
 _NORM = "lawn_norm"
 #: What torch's optimizers call a running mean of gradients.
@@ -175,8 +175,7 @@ class LAWN(OptimizerWrapper):
 
     def _projected(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
-            with torch.enable_grad():
-                loss = closure()
+            loss = evaluated(closure)
             self.project_gradients()
             return loss
 

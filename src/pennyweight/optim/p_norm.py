@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..errors import PlanError
 from ..kernels import optimizer as kernel
+from .wrapper import evaluated
 
 #: The exponent p: a number, or points (step, p) with straight lines between them and constants beyond.
 Exponent = float | Sequence[Sequence[float]]
@@ -136,7 +138,7 @@ def count_step(group: dict[str, Any]) -> None:
         group["decay_step"] += 1
 
 
-class DecayedOptimizer(Optimizer):
+class DecayedOptimizer(Optimizer, ABC):
     """What PAdamW and PSGD share: an optimizer of torch's whose `weight_decay` is the factor of sum |w|^p."""
 
     def _add_decay(self, own: dict[str, Any]) -> None:
@@ -154,17 +156,15 @@ class DecayedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Returns the closure's value, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             self._step_group(group, Decay(group, "weight_decay"))
             count_step(group)
         return loss
 
+    @abstractmethod
     def _step_group(self, group: dict[str, Any], decay: Decay) -> None:
-        raise NotImplementedError
+        """The step of one group, with that decay."""
 
 
 def divided(decay: Decay, weights: Sequence[Tensor], *lists: Sequence[Any]) -> tuple[list[list[Any]], list[list[Any]]]:
