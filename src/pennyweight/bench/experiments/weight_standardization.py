@@ -1,6 +1,6 @@
-"""Weight standardization and batch-channel norm at two images a batch, against group norm and batch norm.
+"""Weight standardization and batch-channel norm at one, two and four images a batch, against group and batch norm.
 
-    python -m pennyweight.bench.experiments.weight_standardization        (about four minutes on one core)
+    python -m pennyweight.bench.experiments.weight_standardization        (about twenty minutes on one core)
 
 A small residual network on small images of Fashion-MNIST, the same number of images for every row; batch norm at a
 large batch is what small ones are to come up to. What is trained is recipes/batch-channel-norm.yaml, with another norm,
@@ -10,8 +10,8 @@ batch and learning rate, and with or without standardised filters.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, Literal
 
 from torch import nn
@@ -30,9 +30,9 @@ COMMAND = "python -m pennyweight.bench.experiments.weight_standardization"
 RECIPE = REPOSITORY / "recipes" / "batch-channel-norm.yaml"
 GROUPS, WIDTH = 4, 8
 LARGE = 16
-SMALL = 2
-#: At the small batch; they grow with the square root of the batch.
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+SMALL = (1, 2, 4)
+#: An image of a batch: rates grow with the batch.
+RATES = (1.5e-3, 5e-3, 1.5e-2, 5e-2)
 #: Row -> norm, and whether filters are standardised.
 ROWS: dict[str, tuple[str, bool]] = {
     "BN": ("batch", False),
@@ -69,23 +69,30 @@ def contender(name: str, batch: int) -> Contender:
         steps=steps,
         checkpoint_every=steps,
     )
-    return Contender(name, recipe, [rate * math.sqrt(batch / SMALL) for rate in RATES])
+    return Contender(name, recipe, [rate * batch for rate in RATES])
 
 
 def conclusions(found: Mapping[tuple[str, int], Row]) -> list[str]:
     """What the numbers say of the claims."""
-    small = {name: found[name, SMALL].accuracy for name in ROWS}
     pairs = (("GN + WS", "GN"), ("BCN + WS", "GN + WS"), ("BCN + WS", "GN"), ("GN", "BN"))
-    lines = [f"Batch {SMALL}, {one} against {other}: {verdict(small[one], small[other])}." for one, other in pairs]
+    lines = [
+        f"Batch {batch}, {one} against {other}: {verdict(found[one, batch].accuracy, found[other, batch].accuracy)}."
+        for batch in SMALL
+        for one, other in pairs
+    ]
     large = found["BN", LARGE].accuracy
-    return lines + [f"{name} at {SMALL} against BN at {LARGE}: {verdict(small[name], large)}." for name in ROWS]
+    return lines + [
+        f"{name} at {batch} against BN at {LARGE}: {verdict(found[name, batch].accuracy, large)}."
+        for batch in SMALL
+        for name in ROWS
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = arguments_of(COMMAND, "weight-standardization.md", __doc__, arguments)
-    cells = [*((name, SMALL) for name in ROWS), ("BN", LARGE)]
+    cells = [*product(ROWS, SMALL), ("BN", LARGE)]
     found = {cell: measure(contender(*cell), options.seeds, options.runs) for cell in cells}
-    recipe = contender("BN", SMALL).recipe
+    recipe = contender("BN", SMALL[0]).recipe
     by_row = {f"{name}, batch {batch}": row for (name, batch), row in found.items()}
     values: dict[str, list[Any]] = {
         name: [f"{row.rate:.2g}", accuracy_cell(row), loss_cell(row)] for name, row in by_row.items()
