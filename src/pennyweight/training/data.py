@@ -4,8 +4,8 @@
     inputs, targets = data.train.batch(rows, data.train.augmentation(len(rows), generator))
 
 Built-in sets lie in the folder PENNYWEIGHT_DATA (default: ../shared/data beside the repository) and are read by that
-folder's load.py. `module:factory` returns {"train": (inputs, targets), "test": (inputs, targets)} (test may be left
-out): tensors with the samples first.
+folder's load.py. `module:factory` returns {"train": (inputs, targets), "validation": ..., "test": ...}, of which only
+train is needed: tensors with the samples first.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Split:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """validation: carved from the training split, None if not asked for. test: None where the set has none."""
+    """validation: the set's own or carved from its training split, None if not asked for. test: None where the set has
+    none."""
 
     train: Split
     validation: Split | None
@@ -124,7 +125,9 @@ def load_data(settings: DataSettings, seed: int) -> TrainingData:
         raise DataError(f"{settings.name} holds no uint8 images [n, channels, height, width]; leave out crop and flip")
     if settings.validation >= len(train):
         raise DataError(f"{settings.name}: validation takes {settings.validation} of {len(train)} training samples")
-    validation = None
+    validation = splits.get("validation")
+    if settings.validation and validation is not None:
+        raise DataError(f"{settings.name} has a validation split of its own; leave out validation")
     if settings.validation:
         order = torch.randperm(len(train), generator=generator(seed, "validation"))
         validation = train.rows(order[: settings.validation].sort().values)
@@ -212,8 +215,10 @@ def _words(sentence: str) -> list[str]:
 
 def _from_factory(settings: DataSettings) -> dict[str, Split]:
     made = call_factory(settings.name, settings.options)
-    if not isinstance(made, Mapping) or "train" not in made or not set(made) <= {"train", "test"}:
-        raise DataError(f'{settings.name} must return {{"train": (inputs, targets), "test": (inputs, targets)}}')
+    if not isinstance(made, Mapping) or "train" not in made or not set(made) <= {"train", "validation", "test"}:
+        raise DataError(
+            f'{settings.name} must return {{"train": (inputs, targets)}}, and may "validation" and "test" beside'
+        )
     splits = {}
     for part, value in made.items():
         if isinstance(value, Split):

@@ -40,7 +40,8 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """name: built-in set, or `module:factory` with `options`. validation: samples carved from the training split.
+    """name: built-in set, or `module:factory` with `options`. validation: samples carved from the training split, where
+    the set has no validation split of its own.
 
     samples: use only so many of the training split, the first ones. crop: pixels of zero padding for random crops.
     flip: mirror half of the images. length: tokens a sentence is cut or padded to; vocabulary: words, text only.

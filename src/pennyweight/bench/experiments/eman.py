@@ -2,71 +2,88 @@
 
     python -m pennyweight.bench.experiments.eman        (about three minutes on one core)
 
-A student learns from a hundred labelled images of small Fashion-MNIST and, on distorted copies of unlabelled ones, from
-what a teacher says of them, where it is sure. The teacher averages the student's weights (layers/eman.py); rows differ
-in where its batch norms take their statistics from. Unlabelled batches are drawn from all classes, or each from three
-classes at random, as in streams where neighbours resemble each other: there a teacher that normalises by its batch
-sees other statistics than its student.
+The training is that of recipes/eman.yaml: a student learns from a hundred labelled images of small Fashion-MNIST and,
+on distorted copies of unlabelled ones, from what a teacher says of them, where it is sure. The teacher averages the
+student's weights (layers/eman.py); rows differ in where its batch norms take their statistics from. Unlabelled batches
+are drawn from all classes, or each from three classes at random, as in streams where neighbours resemble each other:
+there a teacher that normalises by its batch sees other statistics than its student.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...layers.eman import EMATeacher
-from ...training.hooks import attach
-from ...training.learning_rate import learning_rate_factor
-from ...training.settings import ScheduleSettings
+from ...layers.eman import Buffers
+from ...training.data import load_data
+from ...training.fixmatch import FixMatch
+from ...training.settings import TrainingRecipe
 from ..results import Table, write_results
-from .command_line import arguments_of
-from .kept import kept
+from .command_line import REPOSITORY, arguments_of
 from .supervised import fashion_mnist_halved, verdict
+from .tuned_training import cached, changed, run, score
 
 COMMAND = "python -m pennyweight.bench.experiments.eman"
-LABELS, UNLABELLED, VALIDATION = 100, 20_000, 2_000
-BATCH, RATIO, STEPS = 20, 4, 400
-MOMENTUM, THRESHOLD, WEIGHT = 0.98, 0.8, 1.0
+RECIPE = REPOSITORY / "recipes" / "eman.yaml"
+UNLABELLED, VALIDATION = 20_000, 2_000
+THRESHOLD, WEIGHT, MOMENTUM = 0.8, 1.0, 0.98
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 WIDTH, SKEWED_CLASSES = 128, 3
 ALONE, OWN, COPIED, EMAN = "labels alone", "own batch", "student's statistics", "EMAN"
-#: Row -> options of the teacher; None: there is none.
-ROWS: dict[str, dict[str, Any] | None] = {
-    ALONE: None,
+#: Row -> options of the model.
+ROWS: dict[str, dict[str, Any]] = {
+    ALONE: {"ratio": 0},
     OWN: {"buffers": "own", "mode": "train"},
     COPIED: {"buffers": "copy"},
     EMAN: {"buffers": "ema"},
 }
-REGIMES = ("all classes", "three classes a batch")
+#: Unlabelled batches -> options of the model.
+REGIMES: dict[str, dict[str, Any]] = {"all classes": {}, "three classes a batch": {"skewed": True}}
 
 
-class Data(NamedTuple):
-    """Images [n, 196], classes [n]; those of the unlabelled draw skewed batches and judge the teacher alone."""
-
-    labelled: tuple[Tensor, Tensor]
-    unlabelled: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def load(seed: int) -> Data:
-    """Labels: as many of each class, at random; validation: the last images of the training split."""
-    splits = fashion_mnist_halved(UNLABELLED + VALIDATION)
-    (x, y), test = (s.batch(torch.arange(len(s))) for s in (splits["train"], splits["test"]))
+def few_labels(labels: int = 100, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """Images [n, 196] and classes: as many labels of each class, at random; validation: the training split's last."""
+    parts = _images()
+    x, y = parts["train"]
     order = torch.randperm(UNLABELLED, generator=torch.Generator().manual_seed(seed))
-    chosen = torch.cat([order[y[order] == each][: LABELS // 10] for each in range(10)])
-    x = x.flatten(1)
-    return Data(
-        (x[chosen], y[chosen]),
-        (x[:UNLABELLED], y[:UNLABELLED]),
-        (x[UNLABELLED:], y[UNLABELLED:]),
-        (test[0].flatten(1), test[1]),
+    chosen = torch.cat([order[y[order] == each][: labels // 10] for each in range(10)])
+    return {
+        "train": (x[chosen], y[chosen]),
+        "validation": (x[UNLABELLED:], y[UNLABELLED:]),
+        "test": parts["test"],
+    }
+
+
+@cache
+def _images() -> dict[str, tuple[Tensor, Tensor]]:
+    splits = fashion_mnist_halved(UNLABELLED + VALIDATION)
+    whole = {part: split.batch(torch.arange(len(split))) for part, split in splits.items()}
+    return {part: (images.flatten(1), classes) for part, (images, classes) in whole.items()}
+
+
+def fixmatch(
+    buffers: Buffers = "ema", mode: Literal["eval", "train"] = "eval", ratio: int = 4, skewed: bool = False
+) -> FixMatch:
+    """[samples, 196] -> logits of 10 classes. skewed: unlabelled batches are of three classes at random."""
+    images, classes = (tensor[:UNLABELLED] for tensor in _images()["train"])
+    return FixMatch(
+        student(),
+        images,
+        weak=weak,
+        strong=strong,
+        ratio=ratio,
+        threshold=THRESHOLD,
+        weight=WEIGHT,
+        rows=(lambda count: skewed_rows(classes, count)) if skewed else None,
+        momentum=MOMENTUM,
+        buffers=buffers,
+        mode=mode,
     )
 
 
@@ -79,72 +96,54 @@ def student() -> nn.Sequential:
     )  # fmt: skip
 
 
-def weak(x: Tensor, draw: torch.Generator) -> Tensor:
+def weak(x: Tensor) -> Tensor:
     """A little noise."""
-    return x + 0.1 * torch.randn(x.shape, generator=draw)
+    return x + 0.1 * torch.randn_like(x)
 
 
-def strong(x: Tensor, draw: torch.Generator) -> Tensor:
+def strong(x: Tensor) -> Tensor:
     """Much noise, and a square of 5 x 5 pixels wiped out."""
-    corner = torch.randint(14 - 4, (2, len(x), 1), generator=draw)
+    corner = torch.randint(14 - 4, (2, len(x), 1))
     inside = [(torch.arange(14) >= c) & (torch.arange(14) < c + 5) for c in corner]
     hole = (inside[0][:, :, None] & inside[1][:, None, :]).flatten(1)
-    return (x + 0.5 * torch.randn(x.shape, generator=draw)).masked_fill(hole, 0.0)
+    return (x + 0.5 * torch.randn_like(x)).masked_fill(hole, 0.0)
 
 
-def unlabelled_rows(regime: str, classes: Tensor, draw: torch.Generator) -> Tensor:
-    """Of one step."""
-    count = BATCH * RATIO
-    if regime == REGIMES[0]:
-        return torch.randint(len(classes), (count,), generator=draw)
-    present = torch.isin(classes, torch.randperm(10, generator=draw)[:SKEWED_CLASSES]).nonzero()[:, 0]
-    return present[torch.randint(len(present), (count,), generator=draw)]
+def skewed_rows(classes: Tensor, count: int) -> Tensor:
+    """Of samples of a few classes."""
+    present = torch.isin(classes, torch.randperm(10)[:SKEWED_CLASSES]).nonzero()[:, 0]
+    return present[torch.randint(len(present), (count,))]
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, classes: Tensor) -> float:
-    """In percent, in eval mode, which the model keeps."""
-    return 100 * float((model.eval()(images).argmax(1) == classes).double().mean())
-
-
-def train(row: str, regime: str, rate: float, seed: int, data: Data) -> dict[str, float | None]:
-    """FixMatch: cross-entropy on labels, and on strong copies wherever the teacher's class of the weak one is sure.
-
-    Accuracies in percent: of the student, of the teacher, and of the teacher's classes over the last half of the steps
-    (`pseudo`), all of them, sure or not.
-    """
-    torch.manual_seed(seed)
-    draw = torch.Generator().manual_seed(seed)
-    model, options = student(), ROWS[row]
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
-    teacher = None if options is None else EMATeacher(model.train(), MOMENTUM, **options)
-    if teacher is not None:
-        attach(optimizer, [teacher])
+def measured(recipe: TrainingRecipe) -> dict[str, float | None]:
+    """Accuracies in percent: of the student, of the teacher, and of the teacher's classes over the last half of the
+    steps (`pseudo`), all of them, sure or not."""
     right: list[float] = []
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(step, STEPS, ScheduleSettings())
-        rows = torch.randint(LABELS, (BATCH,), generator=draw)
-        images, classes = weak(data.labelled[0][rows], draw), data.labelled[1][rows]
-        others = unlabelled_rows(regime, data.unlabelled[1], draw)
-        if teacher is None:
-            loss = F.cross_entropy(model(images), classes)
-        else:
-            plain = data.unlabelled[0][others]
-            sure, guess = teacher(weak(plain, draw)).softmax(1).max(1)
-            logits = model(torch.cat([images, strong(plain, draw)]))
-            each = F.cross_entropy(logits[BATCH:], guess, reduction="none")
-            loss = F.cross_entropy(logits[:BATCH], classes) + WEIGHT * (each * (sure >= THRESHOLD)).mean()
-            if step >= STEPS // 2:
-                right.append(100 * float((guess == data.unlabelled[1][others]).double().mean()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    classes = _images()["train"][1]
+
+    def watch(step: int, model: nn.Module, *_: Any) -> None:
+        rows, guessed = cast(FixMatch, model).guesses
+        if len(rows) and step >= (recipe.steps or 0) // 2:
+            right.append(100 * float((guessed == classes[rows]).double().mean()))
+
+    trained = run(recipe, watch)
+    test = load_data(recipe.data, recipe.seed).test
+    assert test is not None
+    teacher = score(cast(FixMatch, trained.model).teacher, test, recipe)["accuracy"]
     return {
-        "validation": accuracy(model, *data.validation),
-        "student": accuracy(model, *data.test),
-        "teacher": None if teacher is None else accuracy(teacher.model, *data.test),
+        "validation": trained.validation["accuracy"],
+        "student": trained.test["accuracy"],
+        "teacher": teacher if right else None,
         "pseudo": fmean(right) if right else None,
     }
+
+
+def arm(base: TrainingRecipe, row: str, regime: str, rate: float, seed: int) -> TrainingRecipe:
+    """The recipe with another teacher, other unlabelled batches, learning rate and seed, which also chooses labels."""
+    options = {**ROWS[row], **REGIMES[regime]}
+    return changed(
+        base, {"model.options": options, "data.options.seed": seed, "optimizer.lr": rate, "seed": seed, "output": ""}
+    )
 
 
 Runs = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
@@ -168,27 +167,27 @@ def conclusions(found: Runs) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = arguments_of(COMMAND, "eman.md", __doc__, arguments, seeds=5)
-    data = {seed: load(seed) for seed in options.seeds}
+    recipe = TrainingRecipe.load(RECIPE)
+    measure = cached(measured, options.runs / "eman")
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     grid: dict[tuple[str, str], dict[float, float]] = {}
 
-    def run(row: str, regime: str, rate: float, seed: int) -> dict[str, Any]:
-        settings = {"row": row, "regime": regime, "rate": rate, "seed": seed, "steps": STEPS, "labels": LABELS}
-        made = kept(options.runs, settings, lambda: train(row, regime, rate, seed, data[seed]))
+    def one(row: str, regime: str, rate: float, seed: int) -> dict[str, Any]:
+        made = measure(arm(recipe, row, regime, rate, seed))
         print(row, regime, rate, seed, made, file=sys.stderr, flush=True)
         return made
 
     for regime in REGIMES:
         for row in ROWS:
-            tried = {rate: run(row, regime, rate, options.seeds[0]) for rate in RATES}
-            grid[row, regime] = {rate: one["validation"] for rate, one in tried.items()}
+            tried = {rate: one(row, regime, rate, options.seeds[0]) for rate in RATES}
+            grid[row, regime] = {rate: run["validation"] for rate, run in tried.items()}
             best = max(tried, key=lambda rate: tried[rate]["validation"])
-            found[row, regime] = [tried[best], *(run(row, regime, best, seed) for seed in options.seeds[1:])]
+            found[row, regime] = [tried[best], *(one(row, regime, best, seed) for seed in options.seeds[1:])]
     cells: dict[str, list[Any]] = {
         f"{row}, {regime}": [
             f"{max(grid[row, regime], key=lambda rate: grid[row, regime][rate]):g}",
             *(
-                [one[key] for one in runs] if runs[0][key] is not None else ""
+                [run[key] for run in runs] if runs[0][key] is not None else ""
                 for key in ("student", "teacher", "pseudo")
             ),
         ]
@@ -219,10 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ],
         command=COMMAND,
         seeds=options.seeds,
-        data=f"Fashion-MNIST at 14 x 14 pixels: {LABELS} labelled images, {UNLABELLED:,} unlabelled ones, "
-        f"{VALIDATION:,} others for the learning rate, all test images. Network 196-{WIDTH}-{WIDTH}-10 with batch "
-        f"norms; {STEPS} steps of {BATCH} labelled and {BATCH * RATIO} unlabelled images, SGD with momentum, cosine; "
-        f"teacher's momentum {MOMENTUM:g}, threshold {THRESHOLD:g}, weight {WEIGHT:g}.",
+        data=f"Fashion-MNIST at 14 x 14 pixels: {recipe.data.options['labels']} labelled images, {UNLABELLED:,} "
+        f"unlabelled ones, {VALIDATION:,} others for the learning rate, all test images. Two hidden layers of {WIDTH} "
+        f"with batch norms; {recipe.steps} steps of {recipe.batch} labelled images and 4 times as many unlabelled, SGD "
+        f"with momentum, cosine; teacher's momentum {MOMENTUM:g}, threshold {THRESHOLD:g}, weight {WEIGHT:g}.",
         conclusion_lines=[*conclusions(found), *edges],
     )
     print(options.out.read_text(encoding="utf-8"))

@@ -138,7 +138,8 @@ def measured(recipe: TrainingRecipe) -> dict[str, Any]:
     rows: list[list[float]] = []
     every = max(1, EPOCHS * (TRAIN // recipe.batch) // (POINTS * LOOKS))
 
-    def watch(step: int, model: nn.Module, inputs: Tensor, logits: Tensor, loss: Tensor) -> None:
+    def watch(step: int, model: nn.Module, inputs: Tensor, logits: Tensor | None, loss: Tensor) -> None:
+        assert logits is not None
         if step % every:
             return
         if not names:

@@ -111,7 +111,7 @@ ENTRIES = (
     Entry(
         "a teacher whose batches are skewed",
         "EMAN",
-        "`EMATeacher`",
+        "[recipes/eman.yaml](../recipes/eman.yaml), `EMATeacher`",
         "eman.md",
         (
             "Three classes a batch, the teacher's classes in training, EMAN against own batch",

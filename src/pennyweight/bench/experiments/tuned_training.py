@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ _NEEDED = ("model", "data", "batch")
 _CALIBRATION, _EVALUATION_BATCH = 256, 512
 
 
-Watch = Callable[[int, nn.Module, Tensor, Tensor, Tensor], None]
+Watch = Callable[[int, nn.Module, Tensor, Tensor | None, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Trained:
 
 def run(recipe: TrainingRecipe, watch: Watch | None = None) -> Trained:
     """Train as the recipe says. watch(step, model, inputs, output, loss): called at every step when the gradients are
-    there, before the update."""
+    there, before the update; the output is None of a model that has a `training_loss`."""
     data = load_data(recipe.data, recipe.seed)
     per_epoch = len(data.train) // recipe.batch
     lengths = [
@@ -88,14 +88,13 @@ def run(recipe: TrainingRecipe, watch: Watch | None = None) -> Trained:
                 group["lr"] = rate * learning_rate_factor(at, length, shape)
             # What torch.manual_seed does on the CPU, without its queue of seeds for devices that are not there.
             torch.default_generator.manual_seed(derived_seed(recipe.seed, "forward", step, 0))
-            output = output_tensor(model(inputs)).float()
-            loss = task_loss(output, targets, recipe.loss)
+            output, loss = _loss(model, inputs, targets, recipe)
             sum(penalties(model, step / sum(lengths)).values(), start=loss).backward()
             if recipe.clip is not None:
                 trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
                 nn.utils.clip_grad_norm_(trained, recipe.clip)
             if watch is not None:
-                watch(step, model, inputs, output.detach(), loss.detach())
+                watch(step, model, inputs, output, loss.detach())
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -103,6 +102,14 @@ def run(recipe: TrainingRecipe, watch: Watch | None = None) -> Trained:
     model.eval()
     assert data.validation is not None and data.test is not None
     return Trained(model, score(model, data.validation, recipe), score(model, data.test, recipe))
+
+
+def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, recipe: TrainingRecipe) -> tuple[Tensor | None, Tensor]:
+    """The model's output without its graph, None where it has a training loss of its own; the loss."""
+    if hasattr(model, "training_loss"):
+        return None, cast(Any, model).training_loss(inputs, targets)
+    output = output_tensor(model(inputs)).float()
+    return output.detach(), task_loss(output, targets, recipe.loss)
 
 
 def _order(seed: int, epoch: int, samples: int) -> Tensor:
