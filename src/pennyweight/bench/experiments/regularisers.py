@@ -92,7 +92,14 @@ ENTRIES = (
         "[recipes/batch-channel-norm.yaml](../recipes/batch-channel-norm.yaml), "
         "[recipes/weight-standardization.yaml](../recipes/weight-standardization.yaml)",
         "weight-standardization.md",
-        ("Batch 2, GN + WS against GN", "Batch 2, BCN + WS against", "BN at 2 against"),
+        (
+            "Batch 1, GN + WS against GN",
+            "Batch 1, BCN + WS against GN + WS",
+            "Batch 2, BCN + WS against GN:",
+            "Batch 4, BCN + WS against GN:",
+            "BN at 1 against",
+            "GN + WS at 1 against",
+        ),
     ),
     Entry(
         "batch norm's accuracy for less memory and time",
