@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ...errors import ArtifactError, require, warn
+from ...errors import ArtifactError, PennyweightError, require, warn
 from .corruptions import SEVERITIES
 from .runs import Deployment, Run, Training, execute
 
@@ -177,8 +177,6 @@ def _on_ray(runs: Sequence[Run], rules: Rules, directory: Path, workers: int) ->
 
 def _one(run: Run, method: Mapping[str, Any] | None, directory: Path) -> dict[str, Any]:
     """The result of a run, once it is on the disk."""
-    from ...errors import PennyweightError
-
     try:
         found = execute(run, method)
     except PennyweightError:
