@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pennyweight import load
 from pennyweight.errors import DataError, PlanError
 from pennyweight.training.data import load_data
 from pennyweight.training.fixmatch import FixMatch
 from pennyweight.training.loop import train
 from pennyweight.training.settings import DataSettings, TrainingRecipe
+from pennyweight.training.trained import load_trained
 
 CENTRES = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)) * 2
 
@@ -115,7 +117,25 @@ def test_a_recipe_trains_student_and_teacher_and_resumes_exactly(tmp_path):
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("wrong", [{"ratio": -1}, {"threshold": 1.5}, {"weight": -0.1}, {"threshold": math.nan}])
+@pytest.mark.parametrize("deploy", ["student", "teacher"])
+def test_what_is_deployed_alone_is_packed_and_loaded(tmp_path, deploy):
+    values = recipe(tmp_path / "run", deploy=deploy).to_dict() | {"shrink": {"size": "2kB", "samples": 12}}
+    result = train(TrainingRecipe.from_dict(values))
+    model = result.model
+    chosen = model.student if deploy == "student" else model.teacher.model
+    x = samples(20, 7)[0]
+    assert torch.equal(model(x), chosen(x)) and not torch.equal(model.student(x), model.teacher(x))
+    loaded, _ = load_trained(tmp_path / "run")
+    assert isinstance(loaded, nn.Sequential) and torch.equal(loaded(x), chosen(x))
+    assert result.report["packed_bytes"] <= 2000
+    assert set(result.report["packed_test"]) == {"loss", "accuracy"}
+    small = load(tmp_path / "run" / "packed", model=loaded)
+    assert torch.allclose(small(x), chosen(x), atol=0.2)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ratio": -1}, {"threshold": 1.5}, {"weight": -0.1}, {"threshold": math.nan}, {"deploy": "both"}]
+)
 def test_refusals(wrong):
     with pytest.raises(PlanError, match="fixmatch"):
         fixmatch(**wrong)

@@ -10,7 +10,7 @@ sure as zeros. The teacher is an `EMATeacher` (layers/eman.py), which follows th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ Distortion = Callable[[Tensor], Tensor]
 
 
 class FixMatch(nn.Module):
-    """A model for `pennyweight train`, which minimises its `training_loss`; forward(x) is the student's.
+    """A model for `pennyweight train`, which minimises its `training_loss`. What is evaluated, packed and loaded for
+    `shrink` is `deployed`, the student or the teacher's averages, as `deploy` has it.
 
     unlabelled: [samples, ...] as the student takes them; they are no part of the state dict, which holds student and
     teacher. weak, strong: distorted copies, drawn from torch's global generator, as the loop seeds it for every step.
@@ -45,6 +46,7 @@ class FixMatch(nn.Module):
         threshold: float = 0.7,
         weight: float = 10.0,
         rows: Callable[[int], Tensor] | None = None,
+        deploy: Literal["student", "teacher"] = "student",
         **teacher: Any,
     ) -> None:
         super().__init__()
@@ -54,6 +56,9 @@ class FixMatch(nn.Module):
             raise PlanError(
                 f"fixmatch: ratio {ratio} and weight {weight} must not be negative, threshold {threshold} is 0 to 1"
             )
+        if deploy not in ("student", "teacher"):
+            raise PlanError(f"fixmatch: deploy is {deploy!r}; choose 'student' or 'teacher'")
+        self.deploy = deploy
         self.student = student
         self.teacher = EMATeacher(student, **teacher)
         self.register_buffer("unlabelled", unlabelled, persistent=False)
@@ -62,8 +67,13 @@ class FixMatch(nn.Module):
         #: Rows of the unlabelled samples of the latest step, and the teacher's classes of them, sure or not.
         self.guesses: tuple[Tensor, Tensor] = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
+    @property
+    def deployed(self) -> nn.Module:
+        return self.student if self.deploy == "student" else self.teacher.model
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.student(x)
+        """In training the student's."""
+        return self.student(x) if self.training else self.deployed(x)
 
     def training_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The scalar to train on, of labelled samples and their classes, int64 [samples]."""

@@ -21,7 +21,7 @@ from .data import Split
 from .fold import plain
 from .settings import ShrinkSettings, TrainingRecipe
 from .sparse import is_sparse
-from .trained import calibration
+from .trained import calibration, deployed
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,6 +38,7 @@ def write_packed(
 
     train: what shrink calibrates on. None, and a warning, if there is nothing to pack or the size is out of reach.
     """
+    model = deployed(model)
     try:
         small = (
             convert(model) if recipe.shrink is None else _shrunk(plain(model), recipe, recipe.shrink, train, progress)

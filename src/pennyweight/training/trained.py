@@ -49,7 +49,13 @@ def load_trained(directory: str | os.PathLike[str]) -> tuple[nn.Module, Training
         raise ArtifactError(
             f"{path / WEIGHTS} does not fit {RECIPE} beside it: {' '.join(str(error).split())}"
         ) from None
-    return plain(model), recipe
+    return plain(deployed(model)), recipe
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """What of a trained model goes on: its attribute `deployed` where it trains beside others, else all of it."""
+    found = getattr(model, "deployed", None)
+    return found if isinstance(found, nn.Module) else model
 
 
 def require_plain(model: nn.Module, remedy: str) -> None:
