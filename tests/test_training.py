@@ -2,132 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.utils import parametrize
 from typer.testing import CliRunner
 
 from pennyweight.cli import app
 from pennyweight.errors import ArtifactError, DataError, MissingExtraError, PlanError, UnknownNameError
-from pennyweight.estimators import make_estimator
-from pennyweight.training import loop
 from pennyweight.training.averaging import WeightAverage
 from pennyweight.training.checkpoint import CHECKPOINT
 from pennyweight.training.data import Split, load_data
-from pennyweight.training.diagnostics import Diagnostics, estimating_error, histogram, totals
 from pennyweight.training.hooks import attach
 from pennyweight.training.learning_rate import learning_rate_factor
 from pennyweight.training.loop import MODEL, REPORT, train
-from pennyweight.training.metrics import METRICS, read_metrics
-from pennyweight.training.parallel import Divided, parallel_of_launch
+from pennyweight.training.metrics import METRICS
 from pennyweight.training.randomness import derived_seed
 from pennyweight.training.settings import DataSettings, ScheduleSettings, TrainingRecipe
+from training_runs import curve, import_zoo, recipe, run, stop_and_resume
 
-ZOO = """
-import os, signal
-import torch
-from torch import nn
-
-class Killer(nn.Module):
-    def __init__(self, at):
-        super().__init__()
-        self.at = at
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-    def forward(self, x): return x
-    def before_step(self): pass
-    def after_step(self):
-        self.steps += 1
-        if int(self.steps) == self.at and "KILL" in os.environ:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def mlp(kill_at=0, dropout=0.2, classes=3):
-    first = [nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(dropout)]
-    return nn.Sequential(*first, Killer(kill_at), nn.Linear(16, classes))
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.layer = nn.LayerNorm(width), nn.Linear(width, width)
-        self.gain = nn.Parameter(torch.tensor(0.7))
-    def forward(self, x): return x + self.gain * torch.nn.functional.gelu(self.layer(self.norm(x)))
-
-def blocks(width=15):
-    return nn.Sequential(nn.Linear(6, width), Block(width), Block(width), nn.Linear(width, 3))
-
-def images_net():
-    return nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
-
-def points(n=100, poison=False):
-    g = torch.Generator().manual_seed(5)
-    x = torch.randn(n, 6, generator=g)
-    y = (x[:, :3] + 0.3 * x[:, 3:]).argmax(1)
-    return {"train": (x * (1e30 if poison else 1), y), "test": (x[:20], y[:20])}
-
-def images():
-    g = torch.Generator().manual_seed(6)
-    return {"train": (torch.randint(256, (64, 3, 4, 4), dtype=torch.uint8, generator=g), torch.arange(64) % 3)}
-"""
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """A working directory with training_zoo.py in it."""
-    (tmp_path / "training_zoo.py").write_text(ZOO)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    sys.modules.pop("training_zoo", None)
-
-
-def import_zoo():
-    return __import__("training_zoo")
-
-
-def recipe(**changes) -> dict:
-    base = {
-        "model": {"name": "training_zoo:mlp"},
-        "data": {"name": "training_zoo:points", "validation": 20},
-        "batch": 16,
-        "steps": 12,
-        "optimizer": {"name": "adamw", "lr": 0.02, "weight_decay": 0.1},
-        "schedule": {"warmup": 0.25},
-        "log_every": 2,
-        "checkpoint_every": 5,
-        "output": "run",
-    }
-    return base | changes
-
-
-def launch(*arguments: str) -> subprocess.CompletedProcess:
-    """Two processes of accelerate's launcher."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def run(**changes):
-    return train(TrainingRecipe.from_dict(recipe(**changes)))
-
-
-def curve(directory) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(directory)]
+pytestmark = pytest.mark.usefixtures("here")
 
 
 # ------------------------------------------------------------------------------------------------- exact repetition
@@ -158,25 +61,6 @@ def test_a_killed_run_resumes_to_the_very_same_curve_and_weights(here):
         train(settings, resume=True)
 
 
-def stop_and_resume(monkeypatch, stops, changes, rows):
-    """Interrupt after the checkpoint at each of these steps; the resumed curve must be `rows`."""
-    saved = loop.save_checkpoint
-    for stop in stops:
-
-        def stopping(path, tensors, state, stop=stop):
-            saved(path, tensors, state)
-            if state["step"] == stop:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(loop, "save_checkpoint", stopping)
-        settings = TrainingRecipe.from_dict(recipe(**changes | {"output": f"stop{stop}"}))
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
-        monkeypatch.setattr(loop, "save_checkpoint", saved)
-        train(settings, resume=True)
-        assert curve(f"stop{stop}") == rows
-
-
 def test_resume_between_logs_at_the_end_of_a_stage_and_after_the_last_step(here, monkeypatch):
     stages = [{"steps": 6}, {"steps": 4}]
     optimizer = {"name": "sgd", "lr": 0.1, "options": {"momentum": 0.9}}
@@ -186,123 +70,6 @@ def test_resume_between_logs_at_the_end_of_a_stage_and_after_the_last_step(here,
     for stop in (3, 6, 10):
         for name, value in load_file(f"stop{stop}/{MODEL}").items():
             assert torch.equal(value, whole.model.state_dict()[name])
-
-
-def test_two_processes_train_what_one_does(here):
-    changes = {"model": {"name": "training_zoo:mlp", "options": {"dropout": 0.0}}, "clip": 0.5}
-    (here / "r.yaml").write_text(yaml.safe_dump(recipe(output="two", **changes)))
-    done = launch("--multi_gpu", "-m", "pennyweight", "train", "r.yaml", "--json")
-    assert json.loads(done.stdout)["processes"] == 2
-    one = run(output="one", accumulate=2, **changes)
-    assert_same_training(here / "two", here / "one")
-    assert load_file(here / "two" / MODEL).keys() == one.model.state_dict().keys()
-
-
-def assert_same_training(ours, theirs):
-    """Every column of the log within 1e-5, and the weights; what one measured, the other did."""
-    for row, other in zip(curve(ours), curve(theirs), strict=True):
-        for key in row:
-            assert (row[key] == "") == (other[key] == ""), key
-            if row[key]:
-                assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-5), key
-    weights, wanted = load_file(ours / MODEL), load_file(theirs / MODEL)
-    assert weights.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
-
-
-# Every checkpoint at step 5 is kept, with the log, as OUTPUT-half. A process without a share of the last batch of an
-# evaluation (21 samples in tens) still takes part in it.
-DIVIDED = """
-import shutil, sys, yaml
-from pennyweight.training import evaluation, loop
-from pennyweight.training.settings import TrainingRecipe
-
-def keeping(path, tensors, state, save=loop.save_checkpoint):
-    save(path, tensors, state)
-    if state["step"] == 5:
-        shutil.copytree(path.parent, f"{path.parent}-half")
-
-def train_all(path):
-    loop.save_checkpoint, evaluation._BATCH = keeping, 5
-    for values in yaml.safe_load_all(open(path)):
-        loop.train(TrainingRecipe.from_dict(values), resume=values["output"].endswith("half"))
-
-if __name__ == "__main__":
-    train_all(sys.argv[1])
-"""
-
-
-def test_two_processes_that_divide_the_parameters_train_what_one_does(here, monkeypatch):
-    """FSDP: plain and binary, with averages, clipping, scalars, stages and diagnostics; checkpoints serve any number of
-    processes, and resume exactly on as many."""
-    (here / "divided.py").write_text(DIVIDED)
-    shared = {"model": {"name": "training_zoo:blocks"}, "data": {"name": "training_zoo:points", "validation": 21}}
-    shared |= {"clip": 0.5, "ema": 0.9, "steps": None, "stages": [{"steps": 7}, {"steps": 5}]}
-    plain, binary = recipe(**shared), recipe(**shared, prepare={"preset": "reste"})
-    monkeypatch.setattr(loop, "save_checkpoint", loop.save_checkpoint)
-    monkeypatch.setattr("pennyweight.training.evaluation._BATCH", 512)
-    ones = [plain | {"output": "plain"}, binary | {"output": "binary"}]
-    (here / "one.yaml").write_text(yaml.safe_dump_all(ones))
-    runpy.run_path("divided.py")["train_all"]("one.yaml")
-    twos = [plain | {"output": "plain-two"}, plain | {"output": "plain-two-half"}]
-    twos += [binary | {"output": "binary-two"}, binary | {"output": "binary-half"}]
-    (here / "two.yaml").write_text(yaml.safe_dump_all(twos))
-    units = ("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "Block")
-    launch("--use_fsdp", "--fsdp_version", "2", *units, "divided.py", "two.yaml")
-
-    for name in ("plain", "binary"):
-        assert json.loads((here / f"{name}-two" / REPORT).read_text())["processes"] == 2
-        assert_same_training(here / f"{name}-two", here / name)
-    assert curve("plain-two-half") == curve("plain-two")
-    whole = load_file(here / "plain-two" / MODEL)
-    assert all(torch.equal(value, whole[name]) for name, value in load_file(f"plain-two-half/{MODEL}").items())
-    assert_same_training(here / "binary-half", here / "binary")  # from one process to two
-    assert any(float(row["flip_rate"] or 0) > 0 for row in curve("binary-half"))
-    assert (here / "binary-two" / "packed" / "model.safetensors").exists()
-    train(TrainingRecipe.from_dict(binary | {"output": "binary-two-half"}), resume=True)  # and from two to one
-    assert_same_training(here / "binary-two-half", here / "binary")
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"model": {"name": "training_zoo:mlp"}}, "Killer acts on whole weights"),
-        ({"model": {"name": "training_zoo:blocks"}, "freeze": {"0.*": 0.5}}, "freeze"),
-    ],
-)
-def test_what_divided_training_refuses(here, monkeypatch, changes, text):
-    monkeypatch.setattr(loop, "parallel_of_launch", Divided)
-    with pytest.raises(PlanError, match=text):
-        run(**changes)
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({}, "--fsdp_version 2"),
-        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params"),
-        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--fsdp_activation_checkpointing"),
-        ({"FSDP_VERSION": "2", "FSDP_IGNORED_MODULES": "a"}, "--fsdp_ignored_modules"),
-        ({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "SIZE_BASED_WRAP"),
-    ],
-)
-def test_settings_of_the_launcher_that_are_not_to_be_had(monkeypatch, settings, text):
-    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | settings).items():
-        monkeypatch.setenv(name, value)
-    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="MULTI_CPU"))
-    with pytest.raises(PlanError, match=text):
-        parallel_of_launch(accelerator)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    assert not parallel_of_launch(accelerator).divided
-    accelerator.distributed_type.value = "DEEPSPEED"
-    with pytest.raises(PlanError, match="DEEPSPEED is not supported"):
-        parallel_of_launch(accelerator)
-
-
-def test_units_that_the_model_does_not_have(here):
-    with pytest.raises(PlanError, match="no module is a Blok; there are: Block, LayerNorm"):
-        Divided(None, ("Blok",)).units_of(import_zoo().blocks())
 
 
 def test_accumulated_parts_make_the_same_step_as_the_whole_batch(here):
@@ -436,127 +203,6 @@ def test_learns_and_tests_once(here):
     assert result.report["validation"]["accuracy"] > 0.8
     assert set(result.report["test"]) == {"loss", "accuracy"}
     assert not result.model.training
-
-
-# ------------------------------------------------------------------------------------------------------ quantisation
-
-
-class Signed(nn.Module):
-    """A weight transform with an estimator in it."""
-
-    def __init__(self, name="ste"):
-        super().__init__()
-        self.estimator = make_estimator(name)
-
-    def forward(self, weight):
-        return self.estimator(weight) * 0.3
-
-
-def signed_layer():
-    layer = nn.Sequential(nn.Linear(2, 1, bias=False))
-    parametrize.register_parametrization(layer[0], "weight", Signed())
-    return layer
-
-
-def test_flips_and_oscillations_of_the_card():
-    """Codes -,+,-,+ of one weight and a steady second one: 3 flips, 2 oscillations in 3 updates of 2 weights."""
-    layer = signed_layer()
-    latent = layer[0].parametrizations.weight.original
-    meter = Diagnostics(layer)
-    assert list(meter.layers) == ["0.weight"]
-    for i, value in enumerate([-1.0, 1.0, -1.0, 1.0]):
-        latent.data = torch.tensor([[value, 1.0]])
-        meter.watch(updated=i > 0)
-        layer(torch.ones(1, 2))
-        layer(torch.ones(1, 2))  # a second part of the batch is no second update
-        if i == 1:  # a checkpoint in between changes nothing
-            tensors, plain = copy.deepcopy(meter.state_dict())
-            meter.close()
-            meter = Diagnostics(layer)
-            meter.load_state_dict(tensors, json.loads(json.dumps(plain)))
-    row = meter.report({}, histograms=False)["0.weight"]
-    assert (row["updates"], row["flip_rate"], row["oscillation_rate"]) == (3, 3 / 6, 2 / 6)
-    latent.data = torch.tensor([[-1.0, 1.0]])
-    meter.watch(updated=False)  # a skipped step: whatever is seen is no flip of an update
-    layer(torch.ones(1, 2))
-    assert meter.report({}, histograms=False)["0.weight"]["updates"] == 3
-    meter.reset()
-    assert meter.report({}, histograms=False)["0.weight"]["flip_rate"] is None
-
-
-def test_indicators_of_reste():
-    """Card: z = (0.2, -0.5, 1.2, -0.9), o = 3: squared error 0.220065; and Var |g| unbiased."""
-    estimator = make_estimator("reste")
-    z = torch.tensor([0.2, -0.5, 1.2, -0.9], dtype=torch.float64)
-    assert estimating_error(estimator, z) ** 2 == pytest.approx(0.220065, abs=1e-5)
-    assert float(estimator.progress) == 0
-    layer = signed_layer()
-    meter = Diagnostics(layer)
-    layer[0].parametrizations.weight.original.grad = torch.tensor([[1.0, -3.0]])
-    assert meter.gradients() == {"0.weight": 2.0}
-    rows = {"a": {"weights": 1, "updates": 2, "flip_rate": 0.5, "oscillation_rate": None, "estimating_error": 1.0}}
-    rows["a"]["gradient_instability"] = 2.0
-    rows["b"] = rows["a"] | {"weights": 3, "flip_rate": 0.0}
-    assert totals(rows) == {
-        "flip_rate": 0.125, "oscillation_rate": 0.0, "estimating_error": 2.0, "gradient_instability": 4.0,
-    }  # fmt: skip
-
-
-def test_histograms_keep_every_weight():
-    found = histogram(torch.cat([torch.full((5,), 100.0), torch.linspace(-1, 1, 95)]))
-    assert sum(found["counts"]) == 100
-    assert found["counts"][-1] == 5
-    assert histogram(torch.zeros(4)) == {"scale": 0.0, "counts": [4]}
-
-
-BINARY = {"rules": [{"match": "5", "weight": {"method": "binary", "start": 0.5}, "input": {"method": "sign"}}]}
-
-
-def lines_of(directory) -> list[dict]:
-    return [json.loads(line) for line in Path(directory, "diagnostics.jsonl").read_text().splitlines()]
-
-
-def test_two_stages_activations_then_weights(here, monkeypatch):
-    """Weights turn binary at half of the progress, where the second stage begins; a resume there and later is exact."""
-    stages = [{"steps": 6, "optimizer": {"lr": 0.1}, "schedule": {"name": "constant"}}, {"steps": 6}]
-    changes = {"steps": None, "stages": stages, "prepare": BINARY, "log_every": 1, "schedule": {}, "ema": 0.5}
-    result = run(**changes)
-    rows = curve("run")
-    assert [row["stage"] for row in rows] == ["0"] * 6 + ["1"] * 6
-    assert [float(row["lr"]) for row in rows[:7]] == [0.1] * 6 + [0.02]
-    assert all(row["flip_rate"] == "" for row in rows[:6])
-    assert all(float(row["estimating_error"]) > 0 for row in rows[6:])
-    assert all(float(row["flip_rate"]) >= 0 for row in rows[7:])
-    assert [line["step"] for line in lines_of("run")] == [6, 10, 12]
-    assert sum(lines_of("run")[0]["layers"]["5.weight"]["latent"]["counts"]) == 48
-    assert result.report["packed_bytes"] == sum(
-        (here / "run" / "packed" / name).stat().st_size for name in ("model.safetensors", "config.json")
-    )
-    stop_and_resume(monkeypatch, [6, 10], changes, rows)
-    assert lines_of("stop10") == lines_of("stop6") == lines_of("run")
-
-
-def test_a_recipes_hook_acts_from_its_share_of_the_training_on(here):
-    """CGA with an empty band freezes the quantised weights from half of the steps on; the others go on learning."""
-    rules = {"rules": [{"match": "5", "weight": {"method": "lsq", "bits": 2}}]}
-    changes = {"prepare": rules, "schedule": {"name": "constant"}, "log_every": 1, "steps": 8}
-    run(hooks=[{"method": "cga", "band": 0.0, "start": 0.5}], **changes)
-    run(output="free", **changes)
-    assert [row["loss"] for row in curve("run")[:5]] == [row["loss"] for row in curve("free")[:5]]
-    assert [row["loss"] for row in curve("run")[6:]] != [row["loss"] for row in curve("free")[6:]]
-    with pytest.raises(UnknownNameError, match="around the step"):
-        run(output="none", hooks=[{"method": "cgb"}], **changes)
-
-
-def test_frozen_parameters_stay_and_resume(here, monkeypatch):
-    changes = {"freeze": {"0.*": 0.5}, "steps": 8, "log_every": 1}
-    whole = run(**changes)
-    fixed = run(output="fixed", **changes | {"freeze": {"0.*": 0}})
-    torch.manual_seed(derived_seed(0, "model"))
-    assert torch.equal(fixed.model[0].weight, import_zoo().mlp()[0].weight)
-    assert not torch.equal(whole.model[0].weight, fixed.model[0].weight)
-    stop_and_resume(monkeypatch, [5], changes, curve("run"))
-    assert torch.equal(load_file("stop5/" + MODEL)["0.weight"], whole.model[0].weight)
 
 
 # -------------------------------------------------------------------------------------------------------------- data
