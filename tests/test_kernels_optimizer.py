@@ -197,6 +197,17 @@ def test_instruction_sets_differ_in_the_last_digit_at_most():
         assert torch.allclose(found[isa], found["plain"], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_huge_gradients(isa):
+    """The sign of a first step is all that Adam sees, up to the size that the docstring names."""
+    _cpu.use(isa)
+    for size in (1e10, 1e20):
+        w, g, mean, square = torch.ones(20), torch.full((20,), size), torch.zeros(20), torch.zeros(20)
+        adam = {"rate": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "maximize": False}
+        FusedDecay(0.8, 0.0, 0).adam_step([[w], [g], [mean], [square]], [1.0], **adam)
+        assert torch.allclose(w, torch.tensor(0.9), rtol=1e-5)
+
+
 def test_gradients_are_not_written():
     g = np.ones(37, dtype=np.float32)
     g.flags.writeable = False

@@ -154,7 +154,7 @@ static void adam_of(const Decay &d, const AdamStep &s, float *const (&array)[arr
         for (std::size_t i = first; i < first + line; i += lanes) {
             const Floats w = floats_at(at[0] + i), g = floats_at(at[1] + i);
             const Floats mean = multiply_add(floats_at(at[2] + i), beta1, g * gradient_share);
-            Floats square = multiply_add(floats_at(at[3] + i), beta2, g * g * square_share);
+            Floats square = multiply_add(floats_at(at[3] + i), beta2, g * square_share * g);
             put(at[2] + i, mean);
             put(at[3] + i, square);
             if constexpr (arrays == 5) {
