@@ -5,7 +5,7 @@
 What is learnt, and by which networks, is in pwd_tasks.py; --tasks takes some of them. Every p is trained with every
 decay and learning rate of one grid, as recipes/pwd.yaml has it, with the first seed. For each share of exact zeros
 (`LEVELS`) the settings with the best validation score that reach it are the ones that all seeds are trained with. AdamW
-has a grid of as many settings. Magnitude pruning trains as many steps in all: AdamW with its best decay for 60 % of
+has a grid of more settings. Magnitude pruning trains as many steps in all: AdamW with its best decay for 60 % of
 them, then the smallest weights of all matrices together, or of each, are cut, and what is left is fine-tuned with a
 learning rate that starts anew; it tries both with every learning rate at every share. Data: PENNYWEIGHT_DATA, default
 ../shared/data beside the repository.
@@ -34,7 +34,7 @@ from .tuned_training import Measure, cached, changed, drawing, run, save_figure,
 COMMAND = "python -m pennyweight.bench.experiments.pwd"
 RECIPE = REPOSITORY / "recipes" / "pwd.yaml"
 DECAYS = (0.03, 0.1, 0.3)
-ADAMW_DECAYS = (0.0, 0.1, 1.0)
+ADAMW_DECAYS = (0.0, 0.1, 1.0, 3.0)
 LEVELS = (0.5, 0.8, 0.9)
 #: Of the steps, for training before magnitude pruning.
 BEFORE_PRUNING = 0.6
