@@ -40,7 +40,7 @@ TASKS: dict[str, Task] = {
     "images": Task(
         {},
         SMALL_IMAGES,
-        (3e-3, 1e-2, 3e-2),
+        (3e-3, 1e-2, 3e-2, 1e-1),
         (0.4, 0.6, 0.8, 1.0, 1.5, 2.0),
         "test accuracy in percent",
         1.0,

@@ -42,8 +42,9 @@ ENTRIES = (
         (
             "images, at least 90 % zeros",
             "images, most zeros within",
+            "photographs, at least 90 % zeros",
+            "photographs, most zeros within",
             "characters, at least 80 % zeros",
-            "characters, most zeros within",
         ),
     ),
     Entry(
@@ -51,7 +52,11 @@ ENTRIES = (
         "decoupled decay, p = 2 (AdamW)",
         "`optimizer: {name: adamw, weight_decay: ...}`",
         "pwd.md",
-        ("images: without asking for zeros", "characters: without asking for zeros"),
+        (
+            "images: without asking for zeros",
+            "photographs: without asking for zeros",
+            "characters: without asking for zeros",
+        ),
     ),
     Entry(
         "a small file out of training",
