@@ -3,8 +3,8 @@
 An update takes a weight w to w', and the decay that to w' / (1 + strength * |w|^(p - 2)), or to zero where that is at
 most `zero_below`. The power is right to rounding at p = 1/2, 1, 3/2 and 2; elsewhere its relative error is below
 `POWER_ERROR`, and |w| < 2^-63 counts as zero. Weights are meant to be far below 2^63, and gradients of Adam below 1e20:
-where their mean square is infinite, the weight becomes NaN. A result depends neither on the number of threads nor on the
-size and order of the weights. The same in plain torch is in optim/p_norm.py.
+where their mean square is infinite, the weight becomes NaN. A result depends neither on the number of threads nor on
+the size and order of the weights. The same in plain torch is in optim/p_norm.py.
 """
 
 from __future__ import annotations
