@@ -351,7 +351,7 @@ def test_shares_of_zeros_take_the_settings_that_reach_them_with_the_best_validat
     base = changed(TrainingRecipe.load(REPOSITORY / "recipes" / "pwd.yaml"), {"output": ""})
     results = pwd.compare(TASKS["images"], base, measure, [0, 1])
     chosen = {level: point.settings for level, point in results["p = 0.8"].items()}
-    assert chosen == {0.0: (pwd.DECAYS[0], 3e-3), 0.5: (0.3, 3e-3), 0.8: (0.3, 3e-3), 0.9: (0.3, 3e-3)}
+    assert chosen == {0.0: (0.01, 3e-3), 0.5: (0.3, 3e-3), 0.8: (0.3, 3e-3), 0.9: (0.3, 3e-3)}
     assert set(results[pwd.PRUNED]) == set(pwd.LEVELS)
     steps = {_length(recipe) for recipe in asked if recipe.stages}
     assert steps == {round(base.epochs * (8192 // base.batch))}

@@ -3,9 +3,9 @@
     python -m pennyweight.bench.experiments.pwd        (about three hours on one core; goes on where it stopped)
 
 What is learnt, and by which networks, is in pwd_tasks.py; --tasks takes some of them. Every p is trained with every
-decay and learning rate of one grid, as recipes/pwd.yaml has it, with the first seed. For each share of exact zeros
+decay and learning rate of its grid, as recipes/pwd.yaml has it, with the first seed. For each share of exact zeros
 (`LEVELS`) the settings with the best validation score that reach it are the ones that all seeds are trained with. AdamW
-has a grid of more settings. Magnitude pruning trains as many steps in all: AdamW with its best decay for 60 % of
+has a grid of as many settings. Magnitude pruning trains as many steps in all: AdamW with its best decay for 60 % of
 them, then the smallest weights of all matrices together, or of each, are cut, and what is left is fine-tuned with a
 learning rate that starts anew; it tries both with every learning rate at every share. Data: PENNYWEIGHT_DATA, default
 ../shared/data beside the repository.
@@ -33,7 +33,8 @@ from .tuned_training import Measure, cached, changed, drawing, run, save_figure,
 
 COMMAND = "python -m pennyweight.bench.experiments.pwd"
 RECIPE = REPOSITORY / "recipes" / "pwd.yaml"
-DECAYS = (0.03, 0.1, 0.3)
+#: Tried with p below 1, which needs less, and from 1 on.
+DECAYS = {True: (0.01, 0.03, 0.1, 0.3), False: (0.03, 0.1, 0.3, 1.0)}
 ADAMW_DECAYS = (0.0, 0.1, 1.0, 3.0)
 LEVELS = (0.5, 0.8, 0.9)
 #: Of the steps, for training before magnitude pruning.
@@ -154,7 +155,8 @@ def compare(task: Task, base: TrainingRecipe, measure: Measure, seeds: Sequence[
     found[ADAMW] = {0.0: dense}
     for p in task.exponents:
         points = {
-            level: best(partial(decayed, base, p), product(DECAYS, task.rates), level) for level in (0.0, *LEVELS)
+            level: best(partial(decayed, base, p), product(DECAYS[p < 1], task.rates), level)
+            for level in (0.0, *LEVELS)
         }
         found[f"p = {p:g}"] = {level: point for level, point in points.items() if point is not None}
     found[PRUNED] = {}
@@ -188,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command=options.command,
         seeds=options.seeds,
         data=" ".join(TASKS[name].data for name in found) + f" Settings are chosen on others of the "
-        f"training part, with the first seed. Decays {_told(DECAYS)} (AdamW {_told(ADAMW_DECAYS)}), learning rates "
+        f"training part, with the first seed. Decays {_told(DECAYS[True])} below p = 1, "
+        f"{_told(DECAYS[False])} from there on, {_told(ADAMW_DECAYS)} of AdamW; learning rates "
         + "; ".join(f"{_told(TASKS[name].rates)} ({name})" for name in found)
         + ". Zeros are counted over all weights with two axes or more, which are those that decay.",
         figures={"pwd.svg": "Quality on test data against the share of weights that are not zero, means over seeds."},
