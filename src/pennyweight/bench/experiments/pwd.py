@@ -191,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seeds=options.seeds,
         data=" ".join(TASKS[name].data for name in found) + f" Settings are chosen on others of the "
         f"training part, with the first seed. Decays {_told(DECAYS[True])} below p = 1, "
-        f"{_told(DECAYS[False])} from there on, {_told(ADAMW_DECAYS)} of AdamW; learning rates "
+        f"{_told(DECAYS[False])} from there on, {_told(ADAMW_DECAYS)} of AdamW, whose 1 is the 0.5 of p = 2; learning "
+        "rates "
         + "; ".join(f"{_told(TASKS[name].rates)} ({name})" for name in found)
         + ". Zeros are counted over all weights with two axes or more, which are those that decay.",
         figures={"pwd.svg": "Quality on test data against the share of weights that are not zero, means over seeds."},
@@ -290,14 +291,17 @@ def conclusions(name: str, found: Results) -> list[str]:
 
 def draw(found: Mapping[str, Results], path: Path) -> None:
     figure, all_axes = drawing(1, len(found), (4.2 * len(found), 3.4))
+    names = dict.fromkeys(contender for results in found.values() for contender in results if contender[0] == "p")
+    style: dict[str, dict[str, Any]] = {name: {"color": f"C{index}"} for index, name in enumerate(names)}
+    style[PRUNED] = {"color": "black", "linewidth": 2}
     for axes, (name, results) in zip(all_axes[0], found.items()):
         for contender, points in results.items():
             ordered = sorted((1 - fmean(p.values("zeros")), abs(fmean(p.values("test")))) for p in points.values())
             if contender == ADAMW:
                 axes.axhline(ordered[0][1], color="#888888", linewidth=1, linestyle="--", label=contender)
             else:
-                black = {"color": "black", "linewidth": 2} if contender == PRUNED else {}
-                axes.plot([100 * x for x, _ in ordered], [y for _, y in ordered], marker=".", label=contender, **black)
+                x, y = zip(*ordered)
+                axes.plot([100 * share for share in x], y, marker=".", label=contender, **style[contender])
         axes.set_xscale("log")
         axes.set_xlabel("weights that are not zero, %")
         axes.set_title(f"{name}: {TASKS[name].quality}")
