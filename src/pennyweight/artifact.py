@@ -308,6 +308,15 @@ def _restore_structure(model: nn.Module, artifact: Artifact) -> None:
         restore(model, artifact.quantised, artifact.rest)
 
 
+def is_artifact(directory: str | os.PathLike[str]) -> bool:
+    """Whether pennyweight wrote that directory; no more than its config.json is looked at."""
+    try:
+        config = json.loads((Path(directory) / CONFIG).read_bytes())
+        return config["quantization_config"]["quant_method"] == "pennyweight"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def read_artifact(directory: str | os.PathLike[str]) -> Artifact:
     """Read and check the two files of an artifact. Raises ArtifactError for all that can be wrong with them."""
     path = Path(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ..artifact import CONFIG
+from ..artifact import is_artifact
 from ..bench.here import Bench, Timed, time_here
 from ..errors import UnknownNameError
 from ..layers.forms import ORIGINAL, SPLIT, Form
@@ -113,17 +112,9 @@ def binarization(
 
 def load_model(name: str, reference: str | None) -> Source:
     """MODEL, or a shrunk model. reference: MODEL that makes the latter."""
-    if _is_packed(Path(name)):
+    if is_artifact(name):
         return load_packed(Path(name), None if reference is None else load_source(reference))
     return load_source(name)
-
-
-def _is_packed(directory: Path) -> bool:
-    """Whether pennyweight wrote that directory."""
-    try:
-        return json.loads((directory / CONFIG).read_bytes())["quantization_config"]["quant_method"] == "pennyweight"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _table(found: Bench, size: int) -> Table:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import registry
-from ..artifact import CONFIG, REPORT, read_artifact
+from ..artifact import REPORT, is_artifact, read_artifact
 from ..bench.fidelity import embedding_fidelity, median_milliseconds, output_fidelity
 from ..compress.data import calls
 from ..compress.shrink import PRESETS
@@ -48,7 +48,7 @@ def inspect(
 ) -> None:
     """What a shrunk model consists of, layer by layer; its checksum is verified. With --norms of any other, too."""
     screen = Screen(as_json, quiet)
-    packed = not norms or _is_artifact(Path(model))
+    packed = not norms or is_artifact(model)
     made = report_artifact(model) if packed else None
     if time or norms:
         with screen.working() as progress:
@@ -92,11 +92,6 @@ def _origin(directory: Path, reference: str | None) -> Source | None:
         if not is_trained(Path(reference)):
             return None
     return load_source(reference)
-
-
-def _is_artifact(directory: Path) -> bool:
-    config = directory / CONFIG
-    return config.is_file() and b'"pennyweight"' in config.read_bytes()
 
 
 def evaluate(

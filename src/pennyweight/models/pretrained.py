@@ -25,7 +25,7 @@ def load_pretrained(directory: str | Path, class_name: str | None = None) -> nn.
     """
     path = Path(directory)
     config = _read_config(path)
-    if (config.get("quantization_config") or {}).get("quant_method") == "pennyweight":
+    if artifact.is_artifact(path):
         return artifact.load(path)
     if not any(path.glob("*.safetensors")):
         for file in sorted(path.iterdir()):
