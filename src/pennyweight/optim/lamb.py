@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..errors import PlanError
 from ..registry import register
-from .wrapper import evaluated
+from .closure import evaluated
 
 
 @register("lamb", acts_on="optim", paper="1904.00962", description="Adam scaled to each weight's norm, large batches")

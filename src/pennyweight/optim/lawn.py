@@ -36,8 +36,9 @@ from torch.optim import Optimizer
 
 from ..errors import PlanError, warn
 from ..registry import register
+from .closure import evaluated
 from .homogeneous import homogeneous_weights, logits_of
-from .wrapper import OptimizerWrapper, evaluated
+from .wrapper import OptimizerWrapper
 
 _NORM = "lawn_norm"
 #: What torch's optimizers call a running mean of gradients.

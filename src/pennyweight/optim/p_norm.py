@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..errors import PlanError
 from ..kernels import optimizer as kernel
-from .wrapper import evaluated
+from .closure import evaluated
 
 #: The exponent p: a number, or points (step, p) with straight lines between them and constants beyond.
 Exponent = float | Sequence[Sequence[float]]

@@ -7,20 +7,11 @@ a gradient scaler skips never reaches it, and neither do the parts of an accumul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-
-def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """The loss of a step's closure, with gradients; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
 
 
 class OptimizerWrapper(Optimizer):
