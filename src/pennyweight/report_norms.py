@@ -16,7 +16,7 @@ import copy
 import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +181,7 @@ def effective_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | 
     for name, module in model.named_modules():
         chain = weight_chain(module)
         if chain is not None:
-            yield (f"{name}.weight" if name else "weight"), module.weight, chain.original  # type: ignore[misc]
+            yield (f"{name}.weight" if name else "weight"), cast(Tensor, module.weight), cast(Any, chain).original
         for found in [key for key in (*sites, *packed) if key.rpartition(".")[0] == name]:
             yield found, sites[found] if found in sites else packed[found].decode(), sites.get(found)
 

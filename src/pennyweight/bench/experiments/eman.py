@@ -32,7 +32,7 @@ from .tuned_training import cached, changed, run, score
 COMMAND = "python -m pennyweight.bench.experiments.eman"
 RECIPE = REPOSITORY / "recipes" / "eman.yaml"
 UNLABELLED, VALIDATION = 20_000, 2_000
-THRESHOLD, WEIGHT, MOMENTUM = 0.8, 1.0, 0.98
+RATIO, THRESHOLD, WEIGHT, MOMENTUM = 4, 0.8, 1.0, 0.98
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 WIDTH, SKEWED_CLASSES = 128, 3
 ALONE, OWN, COPIED, EMAN = "labels alone", "own batch", "student's statistics", "EMAN"
@@ -68,7 +68,7 @@ def _images() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def fixmatch(
-    buffers: Buffers = "ema", mode: Literal["eval", "train"] = "eval", ratio: int = 4, skewed: bool = False
+    buffers: Buffers = "ema", mode: Literal["eval", "train"] = "eval", ratio: int = RATIO, skewed: bool = False
 ) -> FixMatch:
     """[samples, 196] -> logits of 10 classes. skewed: unlabelled batches are of three classes at random."""
     images, classes = (tensor[:UNLABELLED] for tensor in _images()["train"])
@@ -220,8 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seeds=options.seeds,
         data=f"Fashion-MNIST at 14 x 14 pixels: {recipe.data.options['labels']} labelled images, {UNLABELLED:,} "
         f"unlabelled ones, {VALIDATION:,} others for the learning rate, all test images. Two hidden layers of {WIDTH} "
-        f"with batch norms; {recipe.steps} steps of {recipe.batch} labelled images and 4 times as many unlabelled, SGD "
-        f"with momentum, cosine; teacher's momentum {MOMENTUM:g}, threshold {THRESHOLD:g}, weight {WEIGHT:g}.",
+        f"with batch norms; {recipe.steps} steps of {recipe.batch} labelled images and {RATIO} times as many "
+        f"unlabelled, SGD with momentum, cosine; teacher's momentum {MOMENTUM:g}, threshold {THRESHOLD:g}, weight "
+        f"{WEIGHT:g}.",
         conclusion_lines=[*conclusions(found), *edges],
     )
     print(options.out.read_text(encoding="utf-8"))

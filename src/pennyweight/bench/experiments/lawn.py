@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +146,7 @@ def measured(recipe: TrainingRecipe) -> dict[str, Any]:
             with evaluating(model):
                 names.extend(final_homogeneous(model, inputs[:2]))
         weights = dict(model.named_parameters())
-        gradient = torch.cat([weights[name].grad.flatten() for name in names]).norm()  # type: ignore[union-attr]
+        gradient = torch.cat([cast(Tensor, weights[name].grad).flatten() for name in names]).norm()
         inside = torch.cat([weights[name].detach().flatten() for name in names]).norm()
         rows.append([float(step), float(loss), float(logits.abs().mean()), float(gradient), float(inside)])
 

@@ -176,10 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = changed(TrainingRecipe.load(RECIPE), {"output": ""})
     measure = cached(measured, options.runs / "pwd")
     found: dict[str, Results] = {}
+    described: list[str] = []
     for name in options.tasks:
         task = TASKS[name]
         base = changed(recipe, task.changes)
         found[name] = compare(task, base, measure, options.seeds)
+        weights = sum(weight.numel() for weight in matrices(make_model(base.model)))
+        described.append(f"{task.data}; {weights:,} weights.")
     draw(found, options.out.with_suffix(".svg"))
     write_results(
         options.out,
@@ -189,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables=[table for name, results in found.items() for table in tables(name, results)],
         command=options.command,
         seeds=options.seeds,
-        data=" ".join(TASKS[name].data for name in found) + f" Settings are chosen on others of the "
+        data=" ".join(described) + f" Settings are chosen on others of the "
         f"training part, with the first seed. Decays {_told(DECAYS[True])} below p = 1, "
         f"{_told(DECAYS[False])} from there on, {_told(ADAMW_DECAYS)} of AdamW, whose 1 is the 0.5 of p = 2; learning "
         "rates "

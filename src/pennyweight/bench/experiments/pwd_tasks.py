@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .denoise_affine import CONTEXT, DEPTH, FEATURES, CharacterModel, load_text
+from .lawn import TEST as SMALL_TEST
 from .lawn import TRAIN as SMALL_IMAGES
 from .recipe_runs import cifar10_halved
 
@@ -25,7 +26,8 @@ PHOTOGRAPHS, HELD_OUT = 19_968, 2_000
 
 class Task(NamedTuple):
     """changes: of the recipe. samples: to train on, without those for validation. rates: learning rates tried.
-    exponents: the p. quality: what is measured; near: how much of it counts as little. data: for the page."""
+    exponents: the p. quality: what is measured; near: how much of it counts as little. data: for the page,
+    which adds the number of weights."""
 
     changes: dict[str, Any]
     samples: int
@@ -44,7 +46,7 @@ TASKS: dict[str, Task] = {
         (0.4, 0.6, 0.8, 1.0, 1.5, 2.0),
         "test accuracy in percent",
         1.0,
-        f"Images: Fashion-MNIST at 14 x 14, {SMALL_IMAGES:,} to train on, 5,000 test images; MLP of 43,000 weights.",
+        f"Images: Fashion-MNIST at 14 x 14, {SMALL_IMAGES:,} to train on, {SMALL_TEST:,} test images; MLP",
     ),
     "photographs": Task(
         {
@@ -62,7 +64,7 @@ TASKS: dict[str, Task] = {
         "test accuracy in percent",
         1.0,
         f"Photographs: CIFAR-10 at 16 x 16, {PHOTOGRAPHS:,} to train on, mirrored at random, all test images; "
-        "ResNet-20 of 270,000 weights, 2 epochs.",
+        "ResNet-20, 2 epochs",
     ),
     "characters": Task(
         {
@@ -78,7 +80,7 @@ TASKS: dict[str, Task] = {
         "bits per character of the test text",
         0.05,
         f"Characters: Tiny Shakespeare, {TRAIN:,} windows of {CONTEXT} characters of its first 80 %, {TEST:,} of its "
-        f"last 10 % to test; causal transformer of {DEPTH} blocks and {FEATURES} features, 110,000 weights.",
+        f"last 10 % to test; causal transformer of {DEPTH} blocks and {FEATURES} features",
     ),
 }
 
